@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What an operator chooses when a store is made, and what can be wrong with it.
+
+use thiserror::Error;
+
+use crate::arena;
+
+/// The least capacity that a store accepts, in bytes: below it the fixed structures would be most of it.
+pub const CAPACITY_BYTES_MIN: u64 = 256 << 10;
+/// The greatest capacity, in bytes: what 32-bit places in the arena reach, halved, so that an
+/// uneven spread over the banks never runs into that limit.
+pub const CAPACITY_BYTES_MAX: u64 = arena::REACH_BYTES / 2;
+/// The most clients that one store serves; a bound on what the operator can ask for.
+pub const CLIENTS_MAX: u32 = 4096;
+/// The most pools that one client may have; a bound on what the operator can allow.
+pub const POOLS_PER_CLIENT_MAX: u32 = 1024;
+
+/// How large a store is and how many it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreConfig {
+    /// Bytes that the store may take from the host in all, its metadata included. Never exceeded.
+    pub capacity_bytes: u64,
+    /// How many clients there may be at one time.
+    pub max_clients: u32,
+    /// How many pools each client may have; their ids are below this number.
+    pub max_pools_per_client: u32,
+}
+
+impl Default for StoreConfig {
+    /// 1 GiB, 64 clients of 16 pools each.
+    fn default() -> Self {
+        Self {
+            capacity_bytes: 1 << 30,
+            max_clients: 64,
+            max_pools_per_client: 16,
+        }
+    }
+}
+
+impl StoreConfig {
+    /// Refuses what cannot work, with a text that says what would.
+    pub(crate) fn checked(&self) -> Result<(), StoreError> {
+        if self.capacity_bytes < CAPACITY_BYTES_MIN {
+            return Err(StoreError::CapacityTooSmall {
+                bytes: self.capacity_bytes,
+            });
+        }
+        if self.capacity_bytes > CAPACITY_BYTES_MAX {
+            return Err(StoreError::CapacityTooLarge {
+                bytes: self.capacity_bytes,
+            });
+        }
+        if !(1..=CLIENTS_MAX).contains(&self.max_clients) {
+            return Err(StoreError::BadClientLimit {
+                limit: self.max_clients,
+            });
+        }
+        if !(1..=POOLS_PER_CLIENT_MAX).contains(&self.max_pools_per_client) {
+            return Err(StoreError::BadPoolLimit {
+                limit: self.max_pools_per_client,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Why a store, or a client of it, could not be made. Told to the operator, never to a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The capacity is below [`CAPACITY_BYTES_MIN`].
+    #[error("a capacity of {bytes} bytes is too small: use {CAPACITY_BYTES_MIN} or more")]
+    CapacityTooSmall {
+        /// What was asked for, in bytes.
+        bytes: u64,
+    },
+    /// The capacity is above [`CAPACITY_BYTES_MAX`].
+    #[error("a capacity of {bytes} bytes is too large: use {CAPACITY_BYTES_MAX} or less")]
+    CapacityTooLarge {
+        /// What was asked for, in bytes.
+        bytes: u64,
+    },
+    /// The number of clients is 0 or above [`CLIENTS_MAX`].
+    #[error("{limit} clients cannot be served: use 1 to {CLIENTS_MAX}")]
+    BadClientLimit {
+        /// What was asked for.
+        limit: u32,
+    },
+    /// The number of pools is 0 or above [`POOLS_PER_CLIENT_MAX`].
+    #[error("{limit} pools for each client are not possible: use 1 to {POOLS_PER_CLIENT_MAX}")]
+    BadPoolLimit {
+        /// What was asked for.
+        limit: u32,
+    },
+    /// As many clients as the configuration allows are there already.
+    #[error("there are {limit} clients already, which is the limit")]
+    TooManyClients {
+        /// The configured limit.
+        limit: u32,
+    },
+    /// Another client has this name.
+    #[error("a client named {name:?} is there already")]
+    ClientExists {
+        /// The name in question.
+        name: String,
+    },
+    /// The store, or the quota given, has no room for the client's own structures.
+    #[error("there is no room for another client")]
+    NoRoom,
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A store of compressed pages with the semantics of transcendent memory
+//! (tmem): pages are put, got and flushed by name, and any put may be refused.
+//!
+//! A [`Store`] serves many [`Client`]s; each has [`Pool`]s, and in a pool a page
+//! of 4096 bytes is named by a 192-bit object id and a 32-bit page number. The
+//! store knows nothing of virtio or sockets, and nothing that comes from a
+//! guest (ids, numbers, page contents) can make it panic.
+//!
+//! What it promises:
+//! - After a put, whatever came of it, no older copy is ever seen.
+//! - A get returns the bytes that were put last, or says that it cannot: every
+//!   page carries a checksum that is verified on every get.
+//! - The memory held, metadata included, never exceeds the capacity, and a
+//!   client's never exceeds its quota.
+//! - Persistent pages are never evicted.
+//!
+//! What it does not do yet: survive its process, compact its chunks, recompress
+//! cold pages, or store identical pages once. `docs/store.md` describes the
+//! inside.
+//!
+//! ```
+//! use cram_store::*;
+//! let store = Store::new(StoreConfig::default())?;
+//! let client = store.add_client("guest", None)?;
+//! client.new_pool(PoolId(0), PoolSpec { kind: PoolKind::Persistent, refuse_incompressible: false })?;
+//! let pool = client.pool(PoolId(0)).ok_or(NoPool)?;
+//! let mut scratch = Scratch::new();
+//! let mut page = [7; PAGE_SIZE];
+//! assert_eq!(pool.put(ObjectId([0; 3]), 42, &page, &mut scratch), PutResult::Stored);
+//! page.fill(0);
+//! assert_eq!(pool.get(ObjectId([0; 3]), 42, &mut page, &mut scratch), GetResult::Found);
+//! assert_eq!(page, [7; PAGE_SIZE]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod arena;
+mod budget;
+mod check;
+mod chunk;
+mod client;
+mod codec;
+mod config;
+mod core;
+mod evict;
+mod index;
+mod leaf;
+mod pool;
+mod space;
+mod stats;
+mod store;
+mod tables;
+
+pub use client::{Client, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
+pub use codec::Scratch;
+pub use config::{
+    CAPACITY_BYTES_MAX, CAPACITY_BYTES_MIN, CLIENTS_MAX, POOLS_PER_CLIENT_MAX, StoreConfig,
+    StoreError,
+};
+pub use pool::{GetResult, Pool, PutResult};
+pub use stats::{ClientStats, PoolStats, Refusal, Stats, StoreStats};
+pub use store::Store;
+
+/// Bytes of a page.
+pub const PAGE_SIZE: usize = 4096;
+/// A page's bytes.
+pub type Page = [u8; PAGE_SIZE];
+
+/// An object's id, 192 bits, chosen by the guest: a swap device, an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId(pub [u64; 3]);

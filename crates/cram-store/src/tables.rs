@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How the index's tables grow and shrink: every byte is reserved with the
+//! [`Ledger`] before it is allocated, the new table beside the old one while
+//! both exist, and released after it was freed. `bytes` is always the running
+//! sum of what the tables of one shard have allocated.
+
+use hashbrown::HashTable;
+
+use crate::budget::{Ledger, Shortage, malloc_bytes};
+use crate::leaf::{Leaf, slots_bytes};
+
+/// What a table of so many leaves takes, in bytes.
+pub(crate) fn leaves_bytes(capacity: usize) -> u64 {
+    malloc_bytes(capacity * size_of::<Leaf>())
+}
+
+/// What a hash table takes, in bytes.
+pub(crate) fn table_bytes<T>(table: &HashTable<T>) -> u64 {
+    malloc_bytes(table.allocation_size())
+}
+
+/// Moves a leaf's slots to a table of another capacity, reserving it first.
+pub(crate) fn resize_slots(
+    leaf: &mut Leaf,
+    capacity: usize,
+    bytes: &mut u64,
+    ledger: Ledger<'_>,
+) -> Result<(), Shortage> {
+    let (old, new) = (leaf.held_bytes(), slots_bytes(capacity));
+    ledger.reserve(new)?;
+    if !leaf.set_capacity(capacity) {
+        ledger.release(new);
+        return Err(Shortage::Store);
+    }
+    ledger.release(old);
+    *bytes = *bytes + new - old;
+    Ok(())
+}
+
+/// Moves the leaves to a table half as large again as what is in it.
+pub(crate) fn resize_leaves(
+    leaves: &mut Vec<Leaf>,
+    bytes: &mut u64,
+    ledger: Ledger<'_>,
+) -> Result<(), Shortage> {
+    let capacity = leaves.len() + (leaves.len() / 2).max(2);
+    let (old, new) = (leaves_bytes(leaves.capacity()), leaves_bytes(capacity));
+    ledger.reserve(new)?;
+    let mut moved = Vec::new();
+    if moved.try_reserve_exact(capacity).is_err() {
+        ledger.release(new);
+        return Err(Shortage::Store);
+    }
+    moved.append(leaves);
+    *leaves = moved;
+    ledger.release(old);
+    *bytes = *bytes + new - old;
+    Ok(())
+}
+
+/// What a table may take at the most when it next grows: it doubles, or starts with 16 entries.
+fn grown_table_bytes<T>(table: &HashTable<T>) -> u64 {
+    let least = 16 * (size_of::<T>() + 1) + 64;
+    malloc_bytes((2 * table.allocation_size() + 64).max(least))
+}
+
+/// Room for one more entry.
+pub(crate) fn grow_table<T>(
+    table: &mut HashTable<T>,
+    bytes: &mut u64,
+    ledger: Ledger<'_>,
+    hasher: impl Fn(&T) -> u64,
+) -> Result<(), Shortage> {
+    if table.len() < table.capacity() {
+        return Ok(());
+    }
+    let (old, most) = (table_bytes(table), grown_table_bytes(table));
+    ledger.reserve(most)?;
+    let grown = table.try_reserve(1, hasher);
+    let new = table_bytes(table);
+    debug_assert!(new <= most.max(old));
+    ledger.release(most + old - new);
+    *bytes = *bytes + new - old;
+    grown.map_err(|_| Shortage::Store)
+}
+
+/// Makes a table smaller when most of it is empty and there is room for the copy.
+pub(crate) fn shrink_table<T>(
+    table: &mut HashTable<T>,
+    bytes: &mut u64,
+    ledger: Ledger<'_>,
+    hasher: impl Fn(&T) -> u64,
+) {
+    if table.capacity() < 64 || table.len() >= table.capacity() / 8 {
+        return;
+    }
+    let old = table_bytes(table);
+    // A quarter of the capacity stays, rounded up to a power of two.
+    let most = old / 2 + 64;
+    if ledger.reserve(most).is_err() {
+        return;
+    }
+    let mut smaller = HashTable::new();
+    if smaller.try_reserve(table.len() * 2, &hasher).is_ok() {
+        for entry in table.drain() {
+            smaller.insert_unique(hasher(&entry), entry, &hasher);
+        }
+        *table = smaller;
+    }
+    let new = table_bytes(table);
+    debug_assert!(new <= most || new == old);
+    ledger.release(most + old - new);
+    *bytes = *bytes + new - old;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::{Account, Budget};
+
+    /// Grows and shrinks a table step by step, and compares the bill with the allocation.
+    #[test]
+    fn a_hash_table_is_billed_for_what_it_allocates() {
+        let (budget, account) = (Budget::new(1 << 20), Account::new(None));
+        let ledger = Ledger {
+            budget: &budget,
+            account: &account,
+        };
+        let hash = |number: &u32| u64::from(*number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let (mut table, mut bytes, mut number) = (HashTable::new(), 0, 0_u32);
+        while grow_table(&mut table, &mut bytes, ledger, hash).is_ok() {
+            table.insert_unique(hash(&number), number, hash);
+            assert_eq!((bytes, budget.held_bytes()), (table_bytes(&table), bytes));
+            number += 1;
+        }
+        assert!(number > 50_000, "{number}");
+        for number in 0..number {
+            table
+                .find_entry(hash(&number), |entry| *entry == number)
+                .unwrap()
+                .remove();
+            shrink_table(&mut table, &mut bytes, ledger, hash);
+            assert_eq!((bytes, budget.held_bytes()), (table_bytes(&table), bytes));
+        }
+        assert!(bytes < 1000, "{bytes}");
+        assert!(budget.held_bytes_max() <= 1 << 20);
+    }
+}

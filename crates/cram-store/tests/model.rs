@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Random operations of two clients on all kinds of pools, in a store so small
+//! that it is always in trouble, against a plain map. After every operation
+//! the whole store must agree with itself.
+
+#![allow(missing_docs)]
+// Failing is what tests do, also in functions that are no tests themselves.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation
+)]
+
+mod pages;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cram_store::{
+    Client, GetResult, NoPool, ObjectId, PAGE_SIZE, Page, PoolError, PoolId, PoolKind, PoolSpec,
+    PutResult, Refusal, Scratch, Store, StoreConfig,
+};
+use pages::{Content, content, page_of};
+use proptest::prelude::*;
+
+const CAPACITY_BYTES: u64 = 512 << 10;
+const UUID: [u8; 16] = [9; 16];
+const KINDS: [PoolKind; 3] = [
+    PoolKind::Persistent,
+    PoolKind::PrivateEphemeral,
+    PoolKind::SharedEphemeral { uuid: UUID },
+];
+/// The quota of the second client; the first has none, until an operation sets one.
+const QUOTA_BYTES: u64 = 200 << 10;
+
+/// A pool: which client's, and which of [`KINDS`], which is also its id.
+#[derive(Debug, Clone, Copy)]
+struct Which {
+    client: usize,
+    pool: usize,
+}
+
+#[derive(Debug, Clone)]
+enum Operation {
+    Put {
+        at: Which,
+        object: u64,
+        first: u32,
+        count: u32,
+        content: Content,
+    },
+    Get {
+        at: Which,
+        object: u64,
+        index: u32,
+    },
+    FlushPage {
+        at: Which,
+        object: u64,
+        first: u32,
+        count: u64,
+    },
+    FlushObject {
+        at: Which,
+        object: u64,
+    },
+    NewPool {
+        at: Which,
+    },
+    DestroyPool {
+        at: Which,
+    },
+    Freeze {
+        client: usize,
+        is_frozen: bool,
+    },
+    SetQuota {
+        client: usize,
+        quota: Option<u64>,
+    },
+    Evict {
+        client: usize,
+        bytes: u64,
+    },
+}
+
+fn index() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        6 => 0_u32..200,
+        1 => Just(u32::MAX),
+        1 => Just(u32::MAX - 63),
+        1 => (0_u32..8).prop_map(|step| step << 24),
+    ]
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let at = || (0..2_usize, 0..3_usize).prop_map(|(client, pool)| Which { client, pool });
+    let object = || 0..3_u64;
+    let count = prop_oneof![0..70_u64, Just(1 << 32), Just(u64::MAX), Just(1 << 20)];
+    prop_oneof![
+        8 => (at(), object(), index(), prop_oneof![3 => 1..2_u32, 1 => 1..90_u32], content())
+            .prop_map(|(at, object, first, count, content)| {
+                Operation::Put { at, object, first, count, content }
+            }),
+        8 => (at(), object(), index())
+            .prop_map(|(at, object, index)| Operation::Get { at, object, index }),
+        2 => (at(), object(), index(), count)
+            .prop_map(|(at, object, first, count)| Operation::FlushPage { at, object, first, count }),
+        1 => (at(), object()).prop_map(|(at, object)| Operation::FlushObject { at, object }),
+        1 => at().prop_map(|at| Operation::NewPool { at }),
+        1 => at().prop_map(|at| Operation::DestroyPool { at }),
+        1 => (0..2_usize, any::<bool>())
+            .prop_map(|(client, is_frozen)| Operation::Freeze { client, is_frozen }),
+        1 => (0..2_usize, prop::option::of(0..QUOTA_BYTES))
+            .prop_map(|(client, quota)| Operation::SetQuota { client, quota }),
+        1 => (0..2_usize, 0..QUOTA_BYTES)
+            .prop_map(|(client, bytes)| Operation::Evict { client, bytes }),
+    ]
+}
+
+/// A page in the model: how to make it again.
+type Made = (Content, u64);
+
+struct Model {
+    store: Arc<Store>,
+    clients: [Arc<Client>; 2],
+    is_open: [[bool; 3]; 2],
+    is_frozen: [bool; 2],
+    quota: [Option<u64>; 2],
+    /// By space (0 to 3 private, 4 shared), object and index.
+    pages: HashMap<(usize, u64, u32), Made>,
+    next_number: u64,
+    scratch: Scratch,
+}
+
+fn space_of(at: Which) -> usize {
+    if at.pool == 2 {
+        4
+    } else {
+        at.client * 2 + at.pool
+    }
+}
+
+fn id_of(at: Which) -> PoolId {
+    PoolId(u32::try_from(at.pool).unwrap())
+}
+
+fn object_of(object: u64) -> ObjectId {
+    ObjectId([object, 0, object])
+}
+
+impl Model {
+    fn new() -> Self {
+        let config = StoreConfig {
+            capacity_bytes: CAPACITY_BYTES,
+            ..StoreConfig::default()
+        };
+        let store = Store::new(config).unwrap();
+        let clients = [
+            store.add_client("first", None).unwrap(),
+            store.add_client("second", Some(QUOTA_BYTES)).unwrap(),
+        ];
+        let mut model = Self {
+            store,
+            clients,
+            is_open: [[false; 3]; 2],
+            is_frozen: [false; 2],
+            quota: [None, Some(QUOTA_BYTES)],
+            pages: HashMap::new(),
+            next_number: 0,
+            scratch: Scratch::new(),
+        };
+        for client in 0..2 {
+            model.clients[client].authorise(UUID);
+            for pool in 0..3 {
+                model.new_pool(Which { client, pool });
+            }
+        }
+        model
+    }
+
+    fn is_persistent(space: usize) -> bool {
+        space == 0 || space == 2
+    }
+
+    fn new_pool(&mut self, at: Which) {
+        let spec = PoolSpec {
+            kind: KINDS[at.pool],
+            refuse_incompressible: at.client == 1,
+        };
+        let client = &self.clients[at.client];
+        let is_open = &mut self.is_open[at.client][at.pool];
+        match client.new_pool(id_of(at), spec) {
+            Ok(pages) => {
+                let space = space_of(at);
+                let expected = self.pages.keys().filter(|key| key.0 == space).count() as u64;
+                assert!(pages <= expected);
+                assert!(!Self::is_persistent(space) || pages == expected);
+                *is_open = true;
+                let other = PoolSpec {
+                    refuse_incompressible: at.client == 0,
+                    ..spec
+                };
+                assert_eq!(client.new_pool(id_of(at), other), Err(PoolError::Exists));
+            }
+            Err(why) => assert_eq!((why, *is_open), (PoolError::NoSpace, false)),
+        }
+    }
+
+    fn destroy_pool(&mut self, at: Which) {
+        let space = space_of(at);
+        let mut expected = self.pages.keys().filter(|key| key.0 == space).count() as u64;
+        let was_open = std::mem::replace(&mut self.is_open[at.client][at.pool], false);
+        let is_shared_still = at.pool == 2 && self.is_open[1 - at.client][2];
+        if is_shared_still {
+            expected = 0;
+        }
+        match self.clients[at.client].destroy_pool(id_of(at)) {
+            Err(NoPool) => assert!(!was_open),
+            Ok(pages) => {
+                assert!(was_open && pages <= expected);
+                assert!(!Self::is_persistent(space) || pages == expected);
+                if !is_shared_still {
+                    self.pages.retain(|key, _| key.0 != space);
+                }
+            }
+        }
+    }
+
+    fn put(&mut self, at: Which, object: u64, index: u32, content: Content) {
+        let Some(pool) = self.clients[at.client].pool(id_of(at)) else {
+            return;
+        };
+        self.next_number += 1;
+        let made = (content, self.next_number);
+        let key = (space_of(at), object, index);
+        match pool.put(
+            object_of(object),
+            index,
+            &page_of(made.0, made.1),
+            &mut self.scratch,
+        ) {
+            PutResult::Stored => {
+                assert!(!self.is_frozen[at.client]);
+                self.pages.insert(key, made);
+            }
+            PutResult::Refused(why) => {
+                self.pages.remove(&key);
+                assert_eq!(why == Refusal::Frozen, self.is_frozen[at.client]);
+                assert!(why != Refusal::OverQuota || self.quota[at.client].is_some());
+                assert!(
+                    why != Refusal::Incompressible || (at.client == 1 && content == Content::Noise)
+                );
+            }
+        }
+    }
+
+    fn get(&mut self, at: Which, object: u64, index: u32) {
+        let Some(pool) = self.clients[at.client].pool(id_of(at)) else {
+            return;
+        };
+        let mut page: Page = [0xa5; PAGE_SIZE];
+        let space = space_of(at);
+        let key = (space, object, index);
+        let expected = self.pages.get(&key).copied();
+        match pool.get(object_of(object), index, &mut page, &mut self.scratch) {
+            GetResult::Found => {
+                let (content, number) = expected.expect("a page that should not be there");
+                assert!(page == page_of(content, number), "wrong bytes of {key:?}");
+                if space == 1 || space == 3 {
+                    self.pages.remove(&key);
+                }
+            }
+            GetResult::Missing => {
+                assert!(
+                    expected.is_none() || !Self::is_persistent(space),
+                    "{key:?} is lost"
+                );
+                assert_eq!(page, [0xa5; PAGE_SIZE]);
+                self.pages.remove(&key);
+            }
+            GetResult::Corrupt => panic!("{key:?} is corrupt"),
+        }
+    }
+
+    fn flush(&mut self, at: Which, object: u64, first: u32, count: Option<u64>) {
+        let Some(pool) = self.clients[at.client].pool(id_of(at)) else {
+            return;
+        };
+        let space = space_of(at);
+        let end = u64::from(first).saturating_add(count.unwrap_or(u64::MAX));
+        let is_hit = |key: &(usize, u64, u32)| {
+            (key.0, key.1) == (space, object) && (u64::from(first)..end).contains(&u64::from(key.2))
+        };
+        let expected = self.pages.keys().filter(|key| is_hit(key)).count() as u64;
+        let removed = match count {
+            Some(count) => pool.flush_page(object_of(object), first, count),
+            None => pool.flush_object(object_of(object)),
+        };
+        assert!(removed <= expected);
+        assert!(!Self::is_persistent(space) || removed == expected);
+        self.pages.retain(|key, _| !is_hit(key));
+    }
+
+    fn run(&mut self, operation: Operation) {
+        match operation {
+            Operation::Put {
+                at,
+                object,
+                first,
+                count,
+                content,
+            } => {
+                for step in 0..count {
+                    self.put(at, object, first.wrapping_add(step), content);
+                }
+            }
+            Operation::Get { at, object, index } => self.get(at, object, index),
+            Operation::FlushPage {
+                at,
+                object,
+                first,
+                count,
+            } => {
+                self.flush(at, object, first, Some(count));
+            }
+            Operation::FlushObject { at, object } => self.flush(at, object, 0, None),
+            Operation::NewPool { at } => self.new_pool(at),
+            Operation::DestroyPool { at } => self.destroy_pool(at),
+            Operation::Freeze { client, is_frozen } => {
+                self.is_frozen[client] = is_frozen;
+                self.clients[client].freeze(is_frozen);
+            }
+            Operation::SetQuota { client, quota } => {
+                self.quota[client] = quota;
+                self.clients[client].set_quota(quota);
+            }
+            Operation::Evict { client, bytes } => _ = self.clients[client].evict(bytes),
+        }
+    }
+
+    fn verify(&self) {
+        self.store.check().unwrap();
+        assert!(self.store.stats().mem_used_max <= CAPACITY_BYTES);
+        for space in [0, 2] {
+            let Some(pool) = self.clients[space / 2].pool(PoolId(0)) else {
+                continue;
+            };
+            let expected = self.pages.keys().filter(|key| key.0 == space).count() as u64;
+            assert_eq!(pool.pages(), expected, "a persistent pool lost pages");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 600,
+        failure_persistence: None,
+        max_shrink_iters: 4000,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn the_store_does_what_a_map_does(operations in prop::collection::vec(operation(), 1..150)) {
+        let mut model = Model::new();
+        for operation in operations {
+            model.run(operation);
+            model.verify();
+        }
+        // At last everything that the model still has is got and compared.
+        let keys: Vec<_> = model.pages.keys().copied().collect();
+        for (space, object, index) in keys {
+            let at = match space {
+                4 => Which { client: usize::from(!model.is_open[0][2]), pool: 2 },
+                space => Which { client: space / 2, pool: space % 2 },
+            };
+            model.get(at, object, index);
+        }
+        model.verify();
+        for name in ["first", "second"] {
+            assert!(model.store.remove_client(name));
+        }
+        model.pages.clear();
+        model.store.check().unwrap();
+        let held = model.store.stats();
+        prop_assert_eq!((held.pages_stored, held.compr_data_size), (0, 0));
+        prop_assert!(held.mem_used_total < 8 << 10, "an empty store holds {}", held.mem_used_total);
+    }
+}
