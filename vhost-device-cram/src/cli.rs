@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon's command line: what it looks like, and which values make sense together.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cram_abi::wire::MAX_REQUEST_QUEUES;
+
+use crate::client::Offer;
+use crate::server::Options;
+use crate::size;
+
+/// The smallest store that is of any use.
+const CAPACITY_MIN: u64 = 1 << 20;
+/// The largest ring that virtio knows.
+const QUEUE_SIZE_MAX: u16 = 32768;
+/// Pool ids are few, so that a guest cannot make the host keep books for nothing.
+const POOLS_MAX: u32 = cram_store::POOLS_PER_CLIENT_MAX;
+/// A worker that watches its rings longer than this is not waiting, it is burning a core.
+const POLL_US_MAX: u32 = 1_000_000;
+
+/// Keep cold pages of virtual machines compressed in the host's memory, outside of the guests.
+///
+/// One process serves many guests: give --socket-path once for each of them, and start QEMU
+/// with -chardev socket,id=cram0,path=SOCKET,reconnect-ms=500 and
+/// -device vhost-user-cram-pci,chardev=cram0. What guests stored is kept until the daemon ends,
+/// also while they are not connected.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(
+    name = "vhost-device-cram",
+    version,
+    after_help = "Example: vhost-device-cram --socket-path /run/cram/vm1.sock \
+                  --control-socket /run/cram/control.sock --capacity 4G"
+)]
+pub struct Arguments {
+    /// Listen for a guest's QEMU here; repeat for more guests
+    #[arg(
+        long = "socket-path",
+        short = 's',
+        value_name = "SOCKET",
+        required = true
+    )]
+    pub socket_paths: Vec<PathBuf>,
+
+    /// Listen for cramctl here (only this user may connect)
+    #[arg(long, short = 'C', value_name = "SOCKET")]
+    pub control_socket: Option<PathBuf>,
+
+    /// Memory that all guests together may use, for example 512M or 4G
+    #[arg(long, short = 'c', value_name = "SIZE", value_parser = size::parse)]
+    pub capacity: u64,
+
+    /// Memory that each guest may use [default: the capacity]
+    #[arg(long, short = 'q', value_name = "SIZE", value_parser = size::parse)]
+    pub quota: Option<u64>,
+
+    /// Request queues of each guest; one for each of its CPUs is best
+    #[arg(long, value_name = "N", default_value_t = 4,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_REQUEST_QUEUES)))]
+    pub num_queues: u16,
+
+    /// Most entries of a queue, a power of two
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
+    pub queue_size: u16,
+
+    /// Pools that each guest may have
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(POOLS_MAX)))]
+    pub max_pools: u32,
+
+    /// Microseconds that a worker watches its queues before it sleeps; 0 costs least, more answers sooner
+    #[arg(long, value_name = "N", default_value_t = 0,
+          value_parser = clap::value_parser!(u32).range(0..=i64::from(POLL_US_MAX)))]
+    pub poll_us: u32,
+
+    /// How much to say: off, error, warn, info, debug or trace [default: info, or what RUST_LOG says]
+    #[arg(long, value_name = "LEVEL", value_parser = log_level)]
+    pub log_level: Option<log::LevelFilter>,
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && size <= QUEUE_SIZE_MAX => Ok(size),
+        _ => Err(format!(
+            "write a power of two up to {QUEUE_SIZE_MAX}, such as 256"
+        )),
+    }
+}
+
+fn log_level(text: &str) -> Result<log::LevelFilter, String> {
+    text.parse()
+        .map_err(|_| "write off, error, warn, info, debug or trace".to_owned())
+}
+
+impl Arguments {
+    /// The options, if they make sense together; otherwise one line that says what to change.
+    pub fn options(&self) -> Result<Options, String> {
+        if self.capacity < CAPACITY_MIN {
+            return Err(format!(
+                "--capacity {} is too small; give at least {}",
+                size::show(self.capacity),
+                size::show(CAPACITY_MIN)
+            ));
+        }
+        if self.capacity > cram_store::CAPACITY_BYTES_MAX {
+            return Err(format!(
+                "--capacity {} is too large; give at most {}",
+                size::show(self.capacity),
+                size::show(cram_store::CAPACITY_BYTES_MAX)
+            ));
+        }
+        if let Some(quota) = self.quota
+            && quota > self.capacity
+        {
+            return Err(format!(
+                "--quota {} is more than --capacity {}; a guest cannot have more than there is",
+                size::show(quota),
+                size::show(self.capacity)
+            ));
+        }
+        let mut paths: Vec<_> = self
+            .socket_paths
+            .iter()
+            .chain(&self.control_socket)
+            .collect();
+        paths.sort();
+        if let Some(twice) = paths.windows(2).find(|pair| pair.first() == pair.get(1)) {
+            let path = twice
+                .first()
+                .map(|path| path.display().to_string())
+                .unwrap_or_default();
+            return Err(format!(
+                "socket {path} is given twice; each needs a path of its own"
+            ));
+        }
+        Ok(Options {
+            sockets: self.socket_paths.clone(),
+            control_socket: self.control_socket.clone(),
+            capacity_bytes: self.capacity,
+            quota_bytes: self.quota,
+            offer: Offer {
+                request_queues: self.num_queues,
+                queue_size: self.queue_size,
+                max_pools: self.max_pools,
+                poll: Duration::from_micros(u64::from(self.poll_us)),
+            },
+        })
+    }
+}
+
+/// What clap has to say about a wrong command line, as one line that says what to do.
+pub fn one_line(error: &clap::Error) -> String {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        Some(ContextValue::Strings(texts)) => Some(texts.join(", ")),
+        _ => None,
+    };
+    let argument = text(ContextKind::InvalidArg).unwrap_or_default();
+    match error.kind() {
+        ErrorKind::MissingRequiredArgument => format!("{argument} is missing; see --help"),
+        ErrorKind::UnknownArgument => match text(ContextKind::SuggestedArg) {
+            Some(suggestion) => format!("there is no {argument}; did you mean {suggestion}?"),
+            None => format!("there is no {argument}; see --help"),
+        },
+        ErrorKind::InvalidValue if text(ContextKind::InvalidValue).is_none_or(|v| v.is_empty()) => {
+            format!("{argument} needs a value; see --help")
+        }
+        _ => {
+            // The first line, with the reason that a parser of ours gave behind the colon.
+            let full = error.to_string();
+            let line = full.lines().next().unwrap_or_default();
+            line.strip_prefix("error: ").unwrap_or(line).to_owned()
+        }
+    }
+}

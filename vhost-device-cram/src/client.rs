@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest: what stands behind one vhost-user socket, for as long as the daemon lives.
+//!
+//! A guest is told from others by the socket that it comes through, never by anything it says.
+//! Its pools and pages outlive its connections; [`Device`] is one connection.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use cram_abi::wire::{Config, MAX_BATCH, PAGE_SHIFT, PRESSURE_MAX, VERSION, state};
+use cram_store::{Client, Store};
+use parking_lot::Mutex;
+
+use crate::announce::{Announcer, is_worth_announcing};
+use crate::device::Device;
+use crate::events::Mailbox;
+
+/// What every guest is offered.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer {
+    /// Request queues.
+    pub request_queues: u16,
+    /// Most entries of a queue.
+    pub queue_size: u16,
+    /// Pools of a guest.
+    pub max_pools: u32,
+    /// How long a worker watches its rings before it sleeps.
+    pub poll: Duration,
+}
+
+/// Counts of what a guest did, since the daemon started.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Connections accepted.
+    pub connections: AtomicU64,
+    /// Chains completed on request queues.
+    pub requests: AtomicU64,
+    /// Of these, malformed ones.
+    pub malformed: AtomicU64,
+    /// Interrupts sent.
+    pub interrupts: AtomicU64,
+    /// Times that a worker was woken.
+    pub wakeups: AtomicU64,
+    /// Queues stopped since their ring could not be trusted.
+    pub queues_stopped: AtomicU64,
+    /// Events delivered.
+    pub events: AtomicU64,
+}
+
+impl Counters {
+    /// Adds to one of the counters.
+    pub fn add(counter: &AtomicU64, n: u64) {
+        if n > 0 {
+            counter.fetch_add(n, Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Announced {
+    pressure: u32,
+    quota_bytes: u64,
+}
+
+/// A guest.
+pub struct Guest {
+    /// Name for people, made from the socket's.
+    pub name: String,
+    /// The socket.
+    pub socket: PathBuf,
+    /// The store.
+    pub store: Arc<Store>,
+    /// The guest's account in the store.
+    pub account: Arc<Client>,
+    /// What the guest is offered.
+    pub offer: Offer,
+    /// Events that wait.
+    pub mailbox: Mailbox,
+    /// Rung when the guest changed what the store holds.
+    pub announcer: Arc<Announcer>,
+    /// What it did.
+    pub counters: Counters,
+    announced: Mutex<Announced>,
+    connection: Mutex<Weak<Device>>,
+}
+
+impl Guest {
+    /// A guest that has never connected.
+    pub fn new(
+        name: String,
+        socket: PathBuf,
+        store: Arc<Store>,
+        account: Arc<Client>,
+        offer: Offer,
+        announcer: Arc<Announcer>,
+    ) -> Self {
+        let quota_bytes = account
+            .quota_bytes()
+            .unwrap_or_else(|| store.capacity_bytes());
+        let announced = Announced {
+            pressure: 0,
+            quota_bytes,
+        };
+        Guest {
+            name,
+            socket,
+            store,
+            account,
+            offer,
+            mailbox: Mailbox::default(),
+            announcer,
+            counters: Counters::default(),
+            announced: Mutex::new(announced),
+            connection: Mutex::new(Weak::new()),
+        }
+    }
+
+    /// The configuration space, as of now.
+    pub fn config(&self) -> Config {
+        Config {
+            version: VERSION.into(),
+            num_request_queues: self.offer.request_queues.into(),
+            max_batch: u16::try_from(MAX_BATCH).unwrap_or(1).into(),
+            page_shift: PAGE_SHIFT,
+            max_pools: self.offer.max_pools.into(),
+            quota_bytes: self.quota_bytes().into(),
+            pressure: self.pressure().into(),
+            state: state::READY.into(),
+            generation: self.store.generation().into(),
+            ..Config::default()
+        }
+    }
+
+    /// The pressure on the guest, 0 to 1000.
+    pub fn pressure(&self) -> u32 {
+        self.account.pressure().min(PRESSURE_MAX)
+    }
+
+    /// Bytes that the guest may hold. Without a quota of its own, that is all there are.
+    pub fn quota_bytes(&self) -> u64 {
+        self.account
+            .quota_bytes()
+            .unwrap_or_else(|| self.store.capacity_bytes())
+    }
+
+    /// Remembers the connection that serves the guest now.
+    pub fn attach(&self, device: &Arc<Device>) {
+        Counters::add(&self.counters.connections, 1);
+        *self.connection.lock() = Arc::downgrade(device);
+    }
+
+    /// The connection that serves the guest now.
+    pub fn connection(&self) -> Option<Arc<Device>> {
+        self.connection.lock().upgrade()
+    }
+
+    /// Whether a front-end is connected.
+    pub fn is_connected(&self) -> bool {
+        self.connection.lock().strong_count() > 0
+    }
+
+    /// Announces pressure and quota where they differ enough from what was announced before.
+    pub fn announce_changes(&self) {
+        let (pressure, quota_bytes) = (self.pressure(), self.quota_bytes());
+        let mut announced = self.announced.lock();
+        let pressure_changed = is_worth_announcing(announced.pressure, pressure);
+        let quota_changed = announced.quota_bytes != quota_bytes;
+        if pressure_changed {
+            announced.pressure = pressure;
+            self.mailbox.post_pressure(pressure);
+        }
+        if quota_changed {
+            announced.quota_bytes = quota_bytes;
+            self.mailbox.post_quota(quota_bytes);
+        }
+        drop(announced);
+        if (pressure_changed || quota_changed)
+            && let Some(device) = self.connection()
+        {
+            device.announce_config_change();
+            device.wake_event_worker();
+        }
+    }
+
+    /// Asks the guest to take pages back.
+    pub fn ask_to_give_back(&self, pages: u32) {
+        self.mailbox.post_give_back(pages);
+        if let Some(device) = self.connection() {
+            device.wake_event_worker();
+        }
+    }
+}

@@ -1,0 +1,422 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can be asked for on the control socket.
+//!
+//! The table below is what `methods` answers with; a method that is not in it does not exist.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cram_abi::wire;
+use cram_store::{PoolId, PoolKind};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::client::Guest;
+use crate::control::rpc::{Error, INVALID_PARAMS, METHOD_NOT_FOUND, NOT_FOUND};
+use crate::server::Shared;
+use crate::size;
+
+/// Version of the answers' shapes. Fields may be added within one; none go, and none change.
+pub const SCHEMA: u32 = 1;
+
+struct Method {
+    name: &'static str,
+    params: &'static str,
+    description: &'static str,
+    run: fn(&Shared, &Map<String, Value>) -> Result<Value, Error>,
+}
+
+const METHODS: &[Method] = &[
+    Method {
+        name: "methods",
+        params: "",
+        description: "List the methods.",
+        run: |_, params| none(params).map(|()| list()),
+    },
+    Method {
+        name: "version",
+        params: "",
+        description: "The daemon's version, the protocol's, and that of these answers (schema).",
+        run: |_, params| none(params).map(|()| version()),
+    },
+    Method {
+        name: "stats",
+        params: "",
+        description: "Figures of the store, of each client and of each pool.",
+        run: |shared, params| none(params).map(|()| stats(shared)),
+    },
+    Method {
+        name: "clients",
+        params: "",
+        description: "The clients: name, socket, whether connected.",
+        run: |shared, params| none(params).map(|()| clients(shared)),
+    },
+    Method {
+        name: "client.quota",
+        params: "client, bytes (number or size such as \"512M\"; optional)",
+        description: "Tell a client's quota, or set it. Pages above a smaller quota stay.",
+        run: quota,
+    },
+    Method {
+        name: "client.freeze",
+        params: "client",
+        description: "Refuse all further puts of a client. Gets and flushes go on.",
+        run: |shared, params| freeze(shared, params, true),
+    },
+    Method {
+        name: "client.thaw",
+        params: "client",
+        description: "Undo client.freeze.",
+        run: |shared, params| freeze(shared, params, false),
+    },
+    Method {
+        name: "client.flush",
+        params: "client, bytes (number or size; optional: all)",
+        description: "Drop ephemeral pages of a client, which it expects at any time. Persistent \
+                      pages are never dropped.",
+        run: flush,
+    },
+    Method {
+        name: "client.give_back",
+        params: "client, pages (number)",
+        description: "Ask a client to take pages back into its own memory, as far as it can.",
+        run: give_back,
+    },
+    Method {
+        name: "pool.authorise",
+        params: "client, uuid, revoke (true or false; optional)",
+        description: "Let a client make the shared pool of that uuid, or with revoke no longer.",
+        run: authorise,
+    },
+];
+
+/// Calls a method.
+pub fn call(shared: &Shared, name: &str, params: &Map<String, Value>) -> Result<Value, Error> {
+    match METHODS.iter().find(|method| method.name == name) {
+        Some(method) => (method.run)(shared, params),
+        None => Err(Error::new(
+            METHOD_NOT_FOUND,
+            format!("there is no method \"{name}\"; \"methods\" lists them"),
+        )),
+    }
+}
+
+fn params<P: DeserializeOwned>(params: &Map<String, Value>) -> Result<P, Error> {
+    serde_json::from_value(Value::Object(params.clone()))
+        .map_err(|error| Error::new(INVALID_PARAMS, error.to_string()))
+}
+
+fn none(given: &Map<String, Value>) -> Result<(), Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {}
+    params::<Params>(given).map(|Params {}| ())
+}
+
+fn guest<'a>(shared: &'a Shared, name: &str) -> Result<&'a Arc<Guest>, Error> {
+    shared.guest(name).ok_or_else(|| {
+        let names: Vec<_> = shared
+            .guests
+            .iter()
+            .map(|guest| guest.name.as_str())
+            .collect();
+        Error::new(
+            NOT_FOUND,
+            format!(
+                "there is no client \"{name}\"; there are: {}",
+                names.join(", ")
+            ),
+        )
+    })
+}
+
+fn list() -> Value {
+    let entry = |method: &Method| json!({ "name": method.name, "params": method.params, "description": method.description });
+    json!({ "methods": METHODS.iter().map(entry).collect::<Vec<_>>() })
+}
+
+fn version() -> Value {
+    json!({
+        "daemon": env!("CARGO_PKG_NAME"),
+        "version": env!("CARGO_PKG_VERSION"),
+        "protocol": wire::VERSION,
+        "schema": SCHEMA,
+    })
+}
+
+fn object(named: Vec<(&'static str, u64)>) -> Map<String, Value> {
+    named
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.into()))
+        .collect()
+}
+
+fn with(mut figures: Map<String, Value>, more: Value) -> Value {
+    if let Value::Object(more) = more {
+        figures.extend(more);
+    }
+    Value::Object(figures)
+}
+
+fn stats(shared: &Shared) -> Value {
+    let store = with(
+        object(shared.store.stats().named()),
+        json!({
+            "capacity_bytes": shared.store.capacity_bytes(),
+            "pressure": shared.store.pressure(),
+            // A string: JSON's numbers do not hold 64 bits everywhere.
+            "generation": format!("{:016x}", shared.store.generation()),
+        }),
+    );
+    let clients: Vec<_> = shared
+        .guests
+        .iter()
+        .map(|guest| client_stats(guest))
+        .collect();
+    json!({
+        "schema": SCHEMA,
+        "uptime_ms": u64::try_from(shared.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        "store": store,
+        "clients": clients,
+    })
+}
+
+fn client_stats(guest: &Guest) -> Value {
+    let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let counters = &guest.counters;
+    let pools = guest.account.pools().into_iter();
+    let pools: Vec<_> = pools
+        .map(|(PoolId(id), pool)| {
+            let (kind, uuid) = match pool.spec().kind {
+                PoolKind::Persistent => ("persistent", None),
+                PoolKind::PrivateEphemeral => ("ephemeral", None),
+                PoolKind::SharedEphemeral { uuid } => ("shared", Some(write_uuid(&uuid))),
+            };
+            let about = json!({
+                "id": id,
+                "kind": kind,
+                "uuid": uuid,
+                "refuse_incompressible": pool.spec().refuse_incompressible,
+            });
+            with(object(pool.stats().named()), about)
+        })
+        .collect();
+    let about = json!({
+        "name": guest.name,
+        "socket": guest.socket,
+        "connected": guest.is_connected(),
+        "frozen": guest.account.is_frozen(),
+        "quota_bytes": guest.quota_bytes(),
+        "pressure": guest.pressure(),
+        "device": {
+            "connections": read(&counters.connections),
+            "requests": read(&counters.requests),
+            "malformed": read(&counters.malformed),
+            "interrupts": read(&counters.interrupts),
+            "wakeups": read(&counters.wakeups),
+            "queues_stopped": read(&counters.queues_stopped),
+            "events": read(&counters.events),
+        },
+        "pools": pools,
+    });
+    with(object(guest.account.stats().named()), about)
+}
+
+fn clients(shared: &Shared) -> Value {
+    let entry = |guest: &Arc<Guest>| {
+        json!({
+            "name": guest.name,
+            "socket": guest.socket,
+            "connected": guest.is_connected(),
+            "frozen": guest.account.is_frozen(),
+        })
+    };
+    json!({ "clients": shared.guests.iter().map(entry).collect::<Vec<_>>() })
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Bytes {
+    Number(u64),
+    Text(String),
+}
+
+impl Bytes {
+    fn read(self) -> Result<u64, Error> {
+        match self {
+            Bytes::Number(bytes) => Ok(bytes),
+            Bytes::Text(text) => {
+                size::parse(&text).map_err(|error| Error::new(INVALID_PARAMS, error))
+            }
+        }
+    }
+}
+
+fn quota(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        client: String,
+        bytes: Option<Bytes>,
+    }
+    let wanted: Params = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    if let Some(bytes) = wanted.bytes.map(Bytes::read).transpose()? {
+        let capacity = shared.store.capacity_bytes();
+        if bytes > capacity {
+            return Err(Error::new(
+                INVALID_PARAMS,
+                format!(
+                    "{} is more than the store's capacity of {}",
+                    size::show(bytes),
+                    size::show(capacity)
+                ),
+            ));
+        }
+        guest.account.set_quota(Some(bytes));
+        guest.announcer.poke();
+        log::info!("{}: quota set to {}", guest.name, size::show(bytes));
+    }
+    Ok(json!({ "client": guest.name, "quota_bytes": guest.quota_bytes() }))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OnlyClient {
+    client: String,
+}
+
+fn freeze(shared: &Shared, given: &Map<String, Value>, frozen: bool) -> Result<Value, Error> {
+    let wanted: OnlyClient = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    guest.account.freeze(frozen);
+    guest.announcer.poke();
+    log::info!(
+        "{}: {}",
+        guest.name,
+        if frozen { "frozen" } else { "thawed" }
+    );
+    Ok(json!({ "client": guest.name, "frozen": frozen }))
+}
+
+fn flush(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        client: String,
+        bytes: Option<Bytes>,
+    }
+    let wanted: Params = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    let bytes = wanted.bytes.map(Bytes::read).transpose()?;
+    let pages = guest.account.evict(bytes.unwrap_or(u64::MAX));
+    guest.announcer.poke();
+    log::info!("{}: {pages} ephemeral pages dropped", guest.name);
+    Ok(json!({ "client": guest.name, "pages": pages }))
+}
+
+fn give_back(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        client: String,
+        pages: u32,
+    }
+    let wanted: Params = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    guest.ask_to_give_back(wanted.pages);
+    Ok(json!({
+        "client": guest.name,
+        "pages": wanted.pages,
+        "connected": guest.is_connected(),
+    }))
+}
+
+fn authorise(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        client: String,
+        uuid: String,
+        #[serde(default)]
+        revoke: bool,
+    }
+    let wanted: Params = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    let uuid = read_uuid(&wanted.uuid).ok_or_else(|| {
+        Error::new(
+            INVALID_PARAMS,
+            format!(
+                "\"{}\" is not a uuid, such as 6ba7b810-9dad-11d1-80b4-00c04fd430c8",
+                wanted.uuid
+            ),
+        )
+    })?;
+    if wanted.revoke {
+        guest.account.revoke(&uuid);
+    } else {
+        guest.account.authorise(uuid);
+    }
+    Ok(json!({
+        "client": guest.name,
+        "uuid": write_uuid(&uuid),
+        "authorised": !wanted.revoke,
+    }))
+}
+
+fn write_uuid(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (k, byte) in uuid.iter().enumerate() {
+        if matches!(k, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+/// Reads a uuid with or without hyphens. The one that is all zeros names no pool.
+fn read_uuid(text: &str) -> Option<[u8; 16]> {
+    let hyphens = [8, 13, 18, 23];
+    let is_plain = text.len() == 32;
+    let is_hyphened = text.len() == 36
+        && text
+            .bytes()
+            .enumerate()
+            .all(|(k, byte)| (byte == b'-') == hyphens.contains(&k));
+    if !is_plain && !is_hyphened {
+        return None;
+    }
+    let mut uuid = [0u8; 16];
+    let mut digits = text.chars().filter(|&c| c != '-' || is_plain);
+    for byte in &mut uuid {
+        let (high, low) = (digits.next()?.to_digit(16)?, digits.next()?.to_digit(16)?);
+        *byte = u8::try_from(high * 16 + low).ok()?;
+    }
+    (uuid != [0; 16]).then_some(uuid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_are_read_and_written() {
+        let text = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+        let uuid = read_uuid(text).unwrap();
+        assert_eq!(write_uuid(&uuid), text);
+        assert_eq!(read_uuid(&text.replace('-', "")), Some(uuid));
+        for wrong in [
+            "",
+            "6ba7b810",
+            "6ba7b8109-dad-11d1-80b4-00c04fd430c8",
+            &"0".repeat(32),
+            &"-".repeat(32),
+            &"é".repeat(16),
+        ] {
+            assert_eq!(read_uuid(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The cram device's back-end: many guests, one compressed store.
+//!
+//! ```text
+//! QEMU ── vhost-user socket ──► server ─► relay ─► vhost-user-backend (messages, rings' set-up)
+//!   guest ── virtqueues ──────► device ─► ring ─► request ─► execute ─► cram-store
+//!                                          events ◄── announce (pressure, quota)
+//! cramctl ── control socket ──► control ─► methods
+//! ```
+//!
+//! What each room may know:
+//! - [`request`] is the only place that looks at bytes of a guest. What leaves it has been
+//!   copied and checked; nothing in it may panic, whatever the bytes are.
+//! - [`execute`] turns a checked request into calls of the store, and the store's answers into
+//!   a response. It knows no descriptor.
+//! - [`ring`] takes chains from a ring and completes them; a ring that cannot be trusted any
+//!   more is stopped alone.
+//! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
+//!   behind a socket, which outlives its connections.
+//!
+//! `docs/protocol.md` is the contract with the guest, `docs/threat-model.md` says who is
+//! trusted with what.
+
+pub mod announce;
+pub mod cli;
+pub mod client;
+pub mod control;
+pub mod device;
+pub mod events;
+pub mod execute;
+pub mod relay;
+pub mod report;
+pub mod request;
+pub mod ring;
+pub mod server;
+pub mod size;
+pub mod socket;

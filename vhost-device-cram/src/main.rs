@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `vhost-device-cram`: starts the daemon and waits for a signal to end it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use vhost_device_cram::cli::Arguments;
+use vhost_device_cram::server::Daemon;
+
+/// Exit status of a wrong command line, as elsewhere.
+const USAGE: u8 = 2;
+/// How long ending may take.
+const STOP_MAX: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
+    start_log(arguments.log_level);
+    let options = match arguments.options() {
+        Ok(options) => options,
+        Err(error) => return fail(USAGE, &error),
+    };
+    // Before there is any other thread, so that all of them leave the signals to this one.
+    let signals = match EndSignals::block() {
+        Ok(signals) => signals,
+        Err(error) => return fail(1, &format!("cannot block signals: {error}")),
+    };
+    let daemon = match Daemon::start(&options) {
+        Ok(daemon) => daemon,
+        Err(error) => return fail(1, &error.to_string()),
+    };
+    for path in &options.sockets {
+        log::info!("listening on {}", path.display());
+    }
+    if let Some(path) = &options.control_socket {
+        log::info!("control socket {}", path.display());
+    }
+    let signal = signals.wait();
+    log::info!("ending on signal {signal}");
+    // A front-end that gave us broken descriptors could hold up one of our threads for ever.
+    std::thread::spawn(|| {
+        std::thread::sleep(STOP_MAX);
+        eprintln!("vhost-device-cram: not everything could be ended in time");
+        std::process::exit(1);
+    });
+    daemon.stop();
+    ExitCode::SUCCESS
+}
+
+fn start_log(level: Option<log::LevelFilter>) {
+    let mut builder = env_logger::Builder::new();
+    match level {
+        Some(level) => builder.filter_level(level),
+        None => builder
+            .filter_level(log::LevelFilter::Info)
+            .parse_default_env(),
+    };
+    builder.format_target(false).init();
+}
+
+/// Says what is wrong with the command line in one line; help and version go out as they are.
+fn usage(error: &clap::Error) -> ExitCode {
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    fail(USAGE, &vhost_device_cram::cli::one_line(error))
+}
+
+fn fail(status: u8, message: &str) -> ExitCode {
+    eprintln!("vhost-device-cram: {message}");
+    ExitCode::from(status)
+}
+
+/// SIGINT and SIGTERM, blocked, to be waited for.
+struct EndSignals(libc::sigset_t);
+
+impl EndSignals {
+    fn block() -> std::io::Result<Self> {
+        let set = vmm_sys_util::signal::create_sigset(&[libc::SIGINT, libc::SIGTERM])
+            .map_err(std::io::Error::from)?;
+        // SAFETY: `set` was initialised by create_sigset, and no old mask is asked for.
+        let status =
+            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        if status == 0 {
+            Ok(EndSignals(set))
+        } else {
+            Err(std::io::Error::from_raw_os_error(status))
+        }
+    }
+
+    fn wait(&self) -> i32 {
+        let mut signal = 0;
+        // SAFETY: the set is initialised, and both pointers are valid for the call.
+        while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
+        signal
+    }
+}

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Answers of the control socket as text for people: aligned, with units.
+//!
+//! Works on the JSON, so that a newer or older daemon is shown as far as it is understood.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::size;
+
+fn number(value: &Value, name: &str) -> u64 {
+    value.get(name).and_then(Value::as_u64).unwrap_or_default()
+}
+
+fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value.get(name).and_then(Value::as_str).unwrap_or("?")
+}
+
+fn list<'a>(value: &'a Value, name: &str) -> &'a [Value] {
+    value
+        .get(name)
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default()
+}
+
+fn flag(value: &Value, name: &str) -> bool {
+    value.get(name).and_then(Value::as_bool).unwrap_or_default()
+}
+
+/// Original bytes for one byte held, in hundredths; none while nothing is held.
+fn ratio(value: &Value) -> String {
+    let (original, held) = (
+        number(value, "orig_data_size"),
+        number(value, "mem_used_total"),
+    );
+    match (u128::from(original) * 100).checked_div(u128::from(held)) {
+        Some(hundredths) if original > 0 => format!("{}.{:02}", hundredths / 100, hundredths % 100),
+        _ => "-".to_owned(),
+    }
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    match (u128::from(part) * 100).checked_div(u128::from(whole)) {
+        Some(percent) => format!("{percent}%"),
+        None => "-".to_owned(),
+    }
+}
+
+/// A table whose first column is aligned to the left, and the others to the right.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
+    let width = |k: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(k))
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (k, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            if k == 0 {
+                line.push_str(&format!("{cell:<width$}"));
+            } else {
+                line.push_str(&format!("  {cell:>width$}"));
+            }
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Events per second between two readings.
+fn rate(now: &Value, before: &Value, time: Duration, name: &str) -> String {
+    let events = number(now, name).saturating_sub(number(before, name));
+    let micros = time.as_micros().max(1);
+    format!(
+        "{}/s",
+        (u128::from(events) * 1_000_000 + micros / 2) / micros
+    )
+}
+
+/// The answer to `stats`; with an earlier one, also what happened since.
+pub fn stats(answer: &Value, earlier: Option<(Duration, &Value)>) -> String {
+    let none = Value::Null;
+    let store = answer.get("store").unwrap_or(&none);
+    let past = earlier.map(|(time, before)| (time, before.get("store").unwrap_or(&none)));
+    let rate_of = |name: &str| {
+        past.map(|(time, before)| format!(", {}/s", rate(store, before, time, name)))
+            .unwrap_or_default()
+    };
+    let shown = |name: &str| size::show(number(store, name));
+    let (held, capacity) = (
+        number(store, "mem_used_total"),
+        number(store, "capacity_bytes"),
+    );
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "held      {} of {} ({}), at most {}; pressure {} of 1000",
+        shown("mem_used_total"),
+        shown("capacity_bytes"),
+        percent(held, capacity),
+        shown("mem_used_max"),
+        number(store, "pressure"),
+    );
+    let _ = writeln!(
+        out,
+        "pages     {} ({}), {} same-filled, {} incompressible",
+        number(store, "pages_stored"),
+        shown("orig_data_size"),
+        number(store, "same_pages"),
+        number(store, "huge_pages"),
+    );
+    let _ = writeln!(
+        out,
+        "ratio     {} (original to held; {} compressed)",
+        ratio(store),
+        shown("compr_data_size"),
+    );
+    let _ = writeln!(
+        out,
+        "puts      {}{}; {} refused: {} no space, {} over quota, {} frozen, {} incompressible",
+        number(store, "puts"),
+        rate_of("puts"),
+        number(store, "puts_refused"),
+        number(store, "refused_no_space"),
+        number(store, "refused_over_quota"),
+        number(store, "refused_frozen"),
+        number(store, "refused_incompressible"),
+    );
+    let _ = writeln!(
+        out,
+        "gets      {}{}; {} missing, {} corrupt",
+        number(store, "gets"),
+        rate_of("gets"),
+        number(store, "gets_missing"),
+        number(store, "gets_corrupt"),
+    );
+    let _ = writeln!(
+        out,
+        "flushed   {}; {} evicted",
+        number(store, "flushes"),
+        number(store, "evicted_pages"),
+    );
+
+    let mut heading = vec![
+        "client",
+        "state",
+        "pages",
+        "held",
+        "quota",
+        "ratio",
+        "pressure",
+        "puts",
+        "refused",
+        "gets",
+        "missing",
+        "corrupt",
+        "malformed",
+    ];
+    if earlier.is_some() {
+        heading.extend(["puts/s", "gets/s"]);
+    }
+    let mut rows = vec![heading.into_iter().map(str::to_owned).collect::<Vec<_>>()];
+    for client in list(answer, "clients") {
+        rows.push(client_row(client, earlier));
+    }
+    out.push('\n');
+    out.push_str(&table(&rows));
+    out
+}
+
+fn state(client: &Value) -> &'static str {
+    match (flag(client, "connected"), flag(client, "frozen")) {
+        (true, false) => "connected",
+        (true, true) => "connected, frozen",
+        (false, false) => "away",
+        (false, true) => "away, frozen",
+    }
+}
+
+fn client_row(client: &Value, earlier: Option<(Duration, &Value)>) -> Vec<String> {
+    let count = |name: &str| number(client, name).to_string();
+    let device = client.get("device").unwrap_or(&Value::Null);
+    let mut row = vec![
+        text(client, "name").to_owned(),
+        state(client).to_owned(),
+        count("pages_stored"),
+        size::show(number(client, "mem_used_total")),
+        size::show(number(client, "quota_bytes")),
+        ratio(client),
+        count("pressure"),
+        count("puts"),
+        count("puts_refused"),
+        count("gets"),
+        count("gets_missing"),
+        count("gets_corrupt"),
+        number(device, "malformed").to_string(),
+    ];
+    if let Some((time, before)) = earlier {
+        let name = text(client, "name");
+        let before = list(before, "clients")
+            .iter()
+            .find(|other| text(other, "name") == name);
+        let before = before.unwrap_or(client);
+        row.push(rate(client, before, time, "puts"));
+        row.push(rate(client, before, time, "gets"));
+    }
+    row
+}
+
+/// The answer to `clients`.
+pub fn clients(answer: &Value) -> String {
+    let mut rows = vec![["client", "state", "socket"].map(str::to_owned).to_vec()];
+    for client in list(answer, "clients") {
+        rows.push(vec![
+            text(client, "name").to_owned(),
+            state(client).to_owned(),
+            text(client, "socket").to_owned(),
+        ]);
+    }
+    table(&rows)
+}
+
+/// The answer to `methods`.
+pub fn methods(answer: &Value) -> String {
+    let mut out = String::new();
+    for method in list(answer, "methods") {
+        let _ = writeln!(out, "{}({})", text(method, "name"), text(method, "params"));
+        let _ = writeln!(out, "    {}", text(method, "description"));
+    }
+    out
+}
+
+/// The answer to `version`.
+pub fn version(answer: &Value) -> String {
+    format!(
+        "{} {}, protocol {}, schema {}\n",
+        text(answer, "daemon"),
+        text(answer, "version"),
+        number(answer, "protocol"),
+        number(answer, "schema"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn reading(puts: u64) -> Value {
+        json!({
+            "store": { "mem_used_total": 2 << 20, "capacity_bytes": 8 << 20, "orig_data_size": 5 << 20, "puts": puts },
+            "clients": [{ "name": "vm1", "connected": true, "quota_bytes": 4 << 20, "puts": puts }],
+        })
+    }
+
+    #[test]
+    fn stats_are_shown_with_units() {
+        let text = stats(&reading(10), None);
+        assert!(text.contains("held      2 MiB of 8 MiB (25%)"), "{text}");
+        assert!(text.contains("ratio     2.50"), "{text}");
+        assert!(text.contains("vm1     connected"), "{text}");
+        assert!(!text.contains("/s"), "{text}");
+    }
+
+    #[test]
+    fn rates_are_of_the_time_between() {
+        let before = reading(10);
+        let text = stats(&reading(1010), Some((Duration::from_millis(500), &before)));
+        assert!(text.contains("puts      1010, 2000/s;"), "{text}");
+        assert!(
+            text.lines().last().unwrap().ends_with("2000       0"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn an_answer_that_is_not_understood_is_no_panic() {
+        for odd in [
+            Value::Null,
+            json!([]),
+            json!({ "store": 1, "clients": 2 }),
+            json!({ "clients": [null, 3] }),
+        ] {
+            let _ = (
+                stats(&odd, Some((Duration::ZERO, &odd))),
+                clients(&odd),
+                methods(&odd),
+                version(&odd),
+            );
+        }
+    }
+}

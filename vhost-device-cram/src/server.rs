@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon as a whole: one store, a thread for each guest's socket, the control socket.
+//!
+//! Each socket is listened on by a thread of its own, which serves one front-end after the
+//! other; each connection gets a new daemon object of vhost-user-backend, since such an object
+//! can be claimed once only. What a guest stored is kept outside of them.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use cram_store::{Store, StoreConfig, StoreError};
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use vhost::vhost_user::{Error as VhostError, Listener};
+use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::announce::Announcer;
+use crate::client::{Guest, Offer};
+use crate::control;
+use crate::device::Device;
+use crate::relay;
+use crate::socket::{BoundSocket, SocketError, private_connection};
+
+/// What a daemon is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// One vhost-user socket for each guest.
+    pub sockets: Vec<PathBuf>,
+    /// The control socket.
+    pub control_socket: Option<PathBuf>,
+    /// Bytes that the store may hold.
+    pub capacity_bytes: u64,
+    /// Bytes that each guest may hold; the whole capacity when not given.
+    pub quota_bytes: Option<u64>,
+    /// What each guest is offered.
+    pub offer: Offer,
+}
+
+/// Why a daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A socket cannot be listened on.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The store cannot be made.
+    #[error("the store cannot be made: {0}")]
+    Store(#[from] StoreError),
+    /// The system refused something.
+    #[error("cannot start: {0}")]
+    System(#[from] io::Error),
+}
+
+/// What every thread of the daemon may look at.
+pub struct Shared {
+    /// The store.
+    pub store: Arc<Store>,
+    /// The guests, in the order of their sockets.
+    pub guests: Vec<Arc<Guest>>,
+    /// When the daemon started.
+    pub started: Instant,
+}
+
+impl Shared {
+    /// The guest of that name.
+    pub fn guest(&self, name: &str) -> Option<&Arc<Guest>> {
+        self.guests.iter().find(|guest| guest.name == name)
+    }
+}
+
+/// The bell that ends every accepting thread.
+pub(crate) struct Stop {
+    stopping: AtomicBool,
+    /// Becomes readable, and stays so.
+    bell: OwnedFd,
+}
+
+impl Stop {
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    fn ring(&self) {
+        self.stopping.store(true, Ordering::Release);
+        // It fails only when the counter is full, and then the bell is ringing.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// Waits for a connection. `None` when the daemon is to stop.
+    pub(crate) fn accept(&self, socket: &BoundSocket) -> Option<UnixStream> {
+        const BREATHE: Duration = Duration::from_millis(100);
+        loop {
+            let mut fds = [
+                PollFd::new(&self.bell, PollFlags::IN),
+                PollFd::new(socket.listener(), PollFlags::IN),
+            ];
+            let polled = poll(&mut fds, None);
+            if self.is_stopping() {
+                return None;
+            }
+            let accepted = match polled {
+                Ok(_) => socket.listener().accept(),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => Err(error.into()),
+            };
+            match accepted {
+                Ok((stream, _)) => return Some(stream),
+                Err(error) => {
+                    // Out of descriptors, most likely: others may give some back.
+                    log::warn!("cannot accept a connection: {error}");
+                    thread::sleep(BREATHE);
+                }
+            }
+        }
+    }
+}
+
+/// A running daemon. Dropping it ends it as [`Daemon::stop`] does.
+pub struct Daemon {
+    shared: Arc<Shared>,
+    stop: Arc<Stop>,
+    announcer: Arc<Announcer>,
+    /// The front-ends that are connected now, to hang up on them.
+    lines: Vec<Arc<Mutex<Option<UnixStream>>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Daemon {
+    /// Starts: afterwards every socket is being listened on.
+    pub fn start(options: &Options) -> Result<Self, StartError> {
+        let config = StoreConfig {
+            capacity_bytes: options.capacity_bytes,
+            max_clients: u32::try_from(options.sockets.len()).unwrap_or(u32::MAX),
+            max_pools_per_client: options.offer.max_pools,
+        };
+        let store = Store::new(config)?;
+        let announcer = Arc::new(Announcer::default());
+        let mut guests = Vec::new();
+        for (name, path) in names(&options.sockets).into_iter().zip(&options.sockets) {
+            let account = store.add_client(&name, options.quota_bytes)?;
+            guests.push(Arc::new(Guest::new(
+                name,
+                path.clone(),
+                Arc::clone(&store),
+                account,
+                options.offer,
+                Arc::clone(&announcer),
+            )));
+        }
+        // All of them before any thread, so that an error leaves nothing behind.
+        let sockets = options
+            .sockets
+            .iter()
+            .map(|path| BoundSocket::listen(path, false));
+        let sockets = sockets.collect::<Result<Vec<_>, _>>()?;
+        let control = options.control_socket.as_deref();
+        let control = control
+            .map(|path| BoundSocket::listen(path, true))
+            .transpose()?;
+        let stop = Arc::new(Stop {
+            stopping: AtomicBool::new(false),
+            bell: eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?,
+        });
+
+        let shared = Arc::new(Shared {
+            store,
+            guests,
+            started: Instant::now(),
+        });
+        let mut daemon = Daemon {
+            shared,
+            stop,
+            announcer,
+            lines: Vec::new(),
+            threads: Vec::new(),
+        };
+        for (guest, socket) in daemon.shared.guests.clone().into_iter().zip(sockets) {
+            let line = Arc::new(Mutex::new(None));
+            daemon.lines.push(Arc::clone(&line));
+            let stop = Arc::clone(&daemon.stop);
+            daemon.spawn("accept", move || serve_guest(&guest, &socket, &stop, &line))?;
+        }
+        if let Some(socket) = control {
+            let (shared, stop) = (Arc::clone(&daemon.shared), Arc::clone(&daemon.stop));
+            daemon.spawn("control", move || control::serve(&shared, &socket, &stop))?;
+        }
+        let (shared, announcer) = (Arc::clone(&daemon.shared), Arc::clone(&daemon.announcer));
+        daemon.spawn("announce", move || {
+            announcer.run(|| {
+                shared
+                    .guests
+                    .iter()
+                    .for_each(|guest| guest.announce_changes())
+            });
+        })?;
+        Ok(daemon)
+    }
+
+    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        self.threads
+            .push(thread::Builder::new().name(name.to_owned()).spawn(work)?);
+        Ok(())
+    }
+
+    /// What the daemon's threads share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Ends: hangs up on every front-end, and removes the sockets.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.stop.ring();
+        self.announcer.stop();
+        for line in &self.lines {
+            if let Some(front) = line.lock().as_ref() {
+                let _ = front.shutdown(Shutdown::Both);
+            }
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a thread of the daemon panicked");
+            }
+        }
+    }
+}
+
+/// Short names for the guests, made from the names of their sockets: `/run/vm1.sock` is `vm1`.
+/// Where two would be the same, the whole paths are taken.
+fn names(sockets: &[PathBuf]) -> Vec<String> {
+    let stem = |path: &Path| {
+        path.file_stem()
+            .unwrap_or(path.as_os_str())
+            .to_string_lossy()
+            .into_owned()
+    };
+    let stems: Vec<String> = sockets.iter().map(|path| stem(path)).collect();
+    let is_unique = |name: &String| stems.iter().filter(|other| *other == name).count() == 1;
+    let name = |(path, stem): (&PathBuf, &String)| {
+        if is_unique(stem) {
+            stem.clone()
+        } else {
+            path.to_string_lossy().into_owned()
+        }
+    };
+    sockets.iter().zip(&stems).map(name).collect()
+}
+
+fn serve_guest(
+    guest: &Arc<Guest>,
+    socket: &BoundSocket,
+    stop: &Stop,
+    line: &Mutex<Option<UnixStream>>,
+) {
+    while let Some(front) = stop.accept(socket) {
+        log::info!("{}: a front-end connected", guest.name);
+        *line.lock() = front.try_clone().ok();
+        // The bell may have rung before there was a line to hang up on.
+        if !stop.is_stopping() {
+            match serve_connection(guest, &front) {
+                Ok(()) => log::info!("{}: the front-end disconnected", guest.name),
+                Err(error) => log::warn!("{}: the connection ended: {error}", guest.name),
+            }
+        }
+        line.lock().take();
+    }
+}
+
+/// Why a connection ended, other than by the front-end's wish.
+#[derive(Debug, thiserror::Error)]
+enum ConnectionError {
+    #[error("{0}")]
+    Relay(#[from] relay::End),
+    #[error("{0}")]
+    BackEnd(BackendError),
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// A device and its workers. The order of the fields is the order in which they go: dropping
+/// the daemon object waits for the workers, which end when the device is closed.
+struct Connection {
+    closing: CloseOnDrop,
+    daemon: VhostUserDaemon<Arc<Device>>,
+}
+
+struct CloseOnDrop(Arc<Device>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl Connection {
+    fn new(guest: &Arc<Guest>) -> Result<Self, ConnectionError> {
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let device = Arc::new(Device::new(Arc::clone(guest), memory.clone())?);
+        let closing = CloseOnDrop(Arc::clone(&device));
+        let daemon = VhostUserDaemon::new(guest.name.clone(), Arc::clone(&device), memory)
+            .map_err(ConnectionError::BackEnd)?;
+        // Whole before anything can fail, so that it goes in the right order.
+        let connection = Connection { closing, daemon };
+        for (handler, bell) in connection
+            .daemon
+            .get_epoll_handlers()
+            .iter()
+            .zip(device.bells())
+        {
+            handler.register_listener(bell, EventSet::IN, device.bell_token())?;
+        }
+        guest.attach(&device);
+        Ok(connection)
+    }
+}
+
+fn serve_connection(guest: &Arc<Guest>, front: &UnixStream) -> Result<(), ConnectionError> {
+    let mut connection = Connection::new(guest)?;
+    let (listener, back) = private_connection(&guest.socket)?;
+    let mut listener = Listener::from(listener);
+    connection
+        .daemon
+        .start(&mut listener)
+        .map_err(ConnectionError::BackEnd)?;
+    let device = &connection.closing.0;
+    let end = relay::run(front, &back, |channel| device.set_backend_channel(channel));
+    // Whoever is still there shall see that it is over.
+    let _ = front.shutdown(Shutdown::Both);
+    let _ = back.shutdown(Shutdown::Both);
+    let verdict = connection.daemon.wait();
+    match (end, verdict) {
+        (relay::End::FrontEnd, _) => Ok(()),
+        // It says which message, and why.
+        (relay::End::BackEnd, Err(error)) if !is_hangup(&error) => {
+            Err(ConnectionError::BackEnd(error))
+        }
+        (end, _) => Err(end.into()),
+    }
+}
+
+fn is_hangup(error: &BackendError) -> bool {
+    matches!(
+        error,
+        BackendError::HandleRequest(VhostError::Disconnected | VhostError::PartialMessage)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_have_names_of_their_own() {
+        let paths = ["/run/a.sock", "/run/b.sock", "/tmp/b.sock", "c"].map(PathBuf::from);
+        assert_eq!(names(&paths), ["a", "/run/b.sock", "/tmp/b.sock", "c"]);
+    }
+}
