@@ -36,6 +36,8 @@ const CONTROL_TIMEOUT_S: i64 = 2;
 const CONTROL_POLL_US: i64 = 200;
 /// How often to try again when a pool could not be made.
 const RETRY_MS: u32 = 200;
+/// How often to look whether a back-end that does not fit was replaced.
+const MISFIT_CHECK_MS: u32 = 10_000;
 /// How often the state is looked at while the device is being removed, when the core does not
 /// report changes any more.
 const LEAVING_CHECK_MS: u32 = 100;
@@ -154,7 +156,13 @@ impl virtio::Driver for Device {
     fn new(virtio: VirtioDevice) -> Result<Arc<Self>> {
         let surroundings = SURROUNDINGS.lock().clone().ok_or(ENODEV)?;
         let config = virtio.config();
-        check(&config)?;
+        if is_ready(&config) {
+            check(&config)?;
+        }
+        if config.num_request_queues.get() == 0 {
+            pr_err!("the device has no request queues\n");
+            return Err(ENODEV);
+        }
 
         let mut queues = KVec::new();
         let cpus = u16::try_from(kernel::cpu::nr_cpu_ids()).unwrap_or(u16::MAX);
@@ -278,7 +286,12 @@ impl virtio::Driver for Device {
     }
 }
 
-/// Refuses a device that this driver cannot work with.
+/// Does a back-end stand behind the device?
+fn is_ready(config: &wire::Config) -> bool {
+    config.state.get() & wire::state::READY != 0
+}
+
+/// Refuses a back-end that this driver cannot work with.
 fn check(config: &wire::Config) -> Result {
     if config.version.get() != wire::VERSION {
         pr_err!(
@@ -290,13 +303,13 @@ fn check(config: &wire::Config) -> Result {
     }
     if config.page_shift != wire::PAGE_SHIFT
         || usize::from(config.max_batch.get()) < frontswap::BATCH_PAGES
-        || config.num_request_queues.get() == 0
     {
         pr_err!(
-            "the device has pages of 2^{} bytes, {} in a batch, {} queues: that is not enough\n",
-            config.page_shift,
+            "the device takes {} pages of 2^{} bytes in a batch, this driver needs {} of 2^{}\n",
             config.max_batch.get(),
-            config.num_request_queues.get()
+            config.page_shift,
+            frontswap::BATCH_PAGES,
+            wire::PAGE_SHIFT
         );
         return Err(ENODEV);
     }
@@ -375,7 +388,7 @@ impl Device {
             if let Some(answer) = waiter.try_wait() {
                 return answer;
             }
-            if self.virtio.config().state.get() & wire::state::READY == 0 {
+            if !is_ready(&self.virtio.config()) {
                 break;
             }
             fsleep(Delta::from_micros(CONTROL_POLL_US));
@@ -444,8 +457,11 @@ impl Device {
         let config = self.virtio.config();
         self.pressure.store(config.pressure.get(), Relaxed);
 
-        let next = if config.state.get() & wire::state::READY == 0 {
+        let next = if !is_ready(&config) {
             self.without_backend(&mut control)
+        } else if check(&config).is_err() {
+            self.state.store(state::SETTING_UP, Relaxed);
+            Some(MISFIT_CHECK_MS)
         } else {
             control.down_since = None;
             self.with_backend(&mut control, &config)
