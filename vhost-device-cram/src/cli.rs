@@ -165,6 +165,11 @@ pub fn one_line(error: &clap::Error) -> String {
             Some(suggestion) => format!("there is no {argument}; did you mean {suggestion}?"),
             None => format!("there is no {argument}; see --help"),
         },
+        ErrorKind::MissingSubcommand => "say what to do; see --help".to_owned(),
+        ErrorKind::InvalidSubcommand => {
+            let word = text(ContextKind::InvalidSubcommand).unwrap_or_default();
+            format!("there is no command {word}; see --help")
+        }
         ErrorKind::InvalidValue if text(ContextKind::InvalidValue).is_none_or(|v| v.is_empty()) => {
             format!("{argument} needs a value; see --help")
         }

@@ -50,8 +50,8 @@ fn percent(part: u64, whole: u64) -> String {
     }
 }
 
-/// A table whose first column is aligned to the left, and the others to the right.
-fn table(rows: &[Vec<String>]) -> String {
+/// A table whose first columns, of words, are aligned to the left, and the others to the right.
+fn table(rows: &[Vec<String>], words: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width = |k: usize| {
         rows.iter()
@@ -65,10 +65,11 @@ fn table(rows: &[Vec<String>]) -> String {
     for row in rows {
         let mut line = String::new();
         for (k, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            if k == 0 {
-                line.push_str(&format!("{cell:<width$}"));
+            let gap = if k == 0 { "" } else { "  " };
+            if k < words {
+                line.push_str(&format!("{gap}{cell:<width$}"));
             } else {
-                line.push_str(&format!("  {cell:>width$}"));
+                line.push_str(&format!("{gap}{cell:>width$}"));
             }
         }
         text.push_str(line.trim_end());
@@ -81,10 +82,7 @@ fn table(rows: &[Vec<String>]) -> String {
 fn rate(now: &Value, before: &Value, time: Duration, name: &str) -> String {
     let events = number(now, name).saturating_sub(number(before, name));
     let micros = time.as_micros().max(1);
-    format!(
-        "{}/s",
-        (u128::from(events) * 1_000_000 + micros / 2) / micros
-    )
+    ((u128::from(events) * 1_000_000 + micros / 2) / micros).to_string()
 }
 
 /// The answer to `stats`; with an earlier one, also what happened since.
@@ -175,7 +173,7 @@ pub fn stats(answer: &Value, earlier: Option<(Duration, &Value)>) -> String {
         rows.push(client_row(client, earlier));
     }
     out.push('\n');
-    out.push_str(&table(&rows));
+    out.push_str(&table(&rows, 2));
     out
 }
 
@@ -228,7 +226,7 @@ pub fn clients(answer: &Value) -> String {
             text(client, "socket").to_owned(),
         ]);
     }
-    table(&rows)
+    table(&rows, 3)
 }
 
 /// The answer to `methods`.

@@ -227,8 +227,9 @@ impl Drop for Daemon {
         self.stop.ring();
         self.announcer.stop();
         for line in &self.lines {
+            // Ends the relay. The front-end is hung up on later, when the workers are gone.
             if let Some(front) = line.lock().as_ref() {
-                let _ = front.shutdown(Shutdown::Both);
+                let _ = front.shutdown(Shutdown::Read);
             }
         }
         for thread in self.threads.drain(..) {
@@ -338,10 +339,12 @@ fn serve_connection(guest: &Arc<Guest>, front: &UnixStream) -> Result<(), Connec
         .map_err(ConnectionError::BackEnd)?;
     let device = &connection.closing.0;
     let end = relay::run(front, &back, |channel| device.set_backend_channel(channel));
-    // Whoever is still there shall see that it is over.
-    let _ = front.shutdown(Shutdown::Both);
     let _ = back.shutdown(Shutdown::Both);
     let verdict = connection.daemon.wait();
+    // The workers end here. Only then may the front-end see that it is over: it takes the used
+    // indexes for final, and would have the next back-end execute again what is completed now.
+    drop(connection);
+    let _ = front.shutdown(Shutdown::Both);
     match (end, verdict) {
         (relay::End::FrontEnd, _) => Ok(()),
         // It says which message, and why.

@@ -30,7 +30,7 @@ pub enum SocketError {
     )]
     NotASocket(PathBuf),
     /// The directory does not exist.
-    #[error("socket {path}: the directory {directory} does not exist; create it first")]
+    #[error("socket {path}: there is no directory {directory}; create it first")]
     NoDirectory {
         /// The socket.
         path: PathBuf,
@@ -117,7 +117,7 @@ fn explain(path: &Path, error: io::Error) -> SocketError {
     let directory = directory_of(&path);
     match error.kind() {
         io::ErrorKind::AddrInUse => SocketError::Busy(path),
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory if !directory.is_dir() => {
             SocketError::NoDirectory { path, directory }
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
