@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! QEMU and guest in one: a vhost-user front-end with a virtqueue driver of its own.
+//!
+//! Everything is real: the unix socket, the memory that is shared by a memfd, the rings in it,
+//! the eventfds. Only the guest is missing, and so a test can do what no kernel would do.
+//!
+//! - [`TestDaemon`] runs the daemon in this process, in a folder of its own.
+//! - [`Guest`] connects to it, and calls operations one by one.
+//! - [`Ring`] is one queue, for tests that want many requests in flight, or wrong ones.
+//! - [`Request`] is the readable part of a request as bytes, to be sent as it is or damaged.
+
+mod daemon;
+mod device;
+mod memory;
+mod request;
+mod ring;
+
+pub use daemon::TestDaemon;
+pub use device::{Answer, Guest, Options};
+pub use memory::Memory;
+pub use request::{Request, page};
+pub use ring::{Descriptor, Piece, Ring};
+
+/// How long anything may take that takes milliseconds on an idle machine.
+pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);

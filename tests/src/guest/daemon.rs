@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A running `vhost-device-cram`.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::artifacts::Artifacts;
+use super::control::Control;
+use super::process::Process;
+
+/// How long the daemon may take to open its sockets.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// How a daemon is started.
+#[derive(Clone, Debug)]
+pub struct DaemonOptions {
+    /// How many guests it serves, each on a socket of its own.
+    pub sockets: usize,
+    /// The pool's size, as its command line takes it.
+    pub capacity: String,
+    /// Further words of its command line.
+    pub more: Vec<String>,
+}
+
+impl Default for DaemonOptions {
+    fn default() -> Self {
+        Self {
+            sockets: 1,
+            capacity: "512M".to_owned(),
+            more: Vec::new(),
+        }
+    }
+}
+
+/// A daemon. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon {
+    program: PathBuf,
+    options: DaemonOptions,
+    sockets: Vec<PathBuf>,
+    control_socket: PathBuf,
+    log: PathBuf,
+    process: Option<Process>,
+}
+
+impl Daemon {
+    /// Starts a daemon with its sockets and its log in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// When it does not open its sockets in time.
+    pub fn start(artifacts: &Artifacts, folder: &Path, options: DaemonOptions) -> Result<Self> {
+        let sockets = (0..options.sockets)
+            .map(|number| folder.join(format!("guest{number}.sock")))
+            .collect();
+        let mut daemon = Self {
+            program: artifacts.daemon.clone(),
+            options,
+            sockets,
+            control_socket: folder.join("control.sock"),
+            log: folder.join("daemon.log"),
+            process: None,
+        };
+        daemon.restart()?;
+        daemon.wait_open()?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon again after [`Daemon::kill`], on the same sockets, without waiting for it.
+    ///
+    /// Call it from the thread that runs the test: the daemon dies with the thread that started it.
+    ///
+    /// # Errors
+    ///
+    /// When it runs already or cannot be started.
+    pub fn restart(&mut self) -> Result<()> {
+        ensure!(self.process.is_none(), "the daemon runs already");
+        let mut command = Command::new(&self.program);
+        for socket in &self.sockets {
+            command.arg("--socket-path").arg(socket);
+        }
+        command.arg("--control-socket").arg(&self.control_socket);
+        command.args(["--capacity", &self.options.capacity]);
+        command.args(&self.options.more);
+        if std::env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", "info");
+        }
+        self.process = Some(Process::start("the daemon", command, &self.log)?);
+        Ok(())
+    }
+
+    /// Waits until the daemon answers on its control socket and has opened the others.
+    ///
+    /// # Errors
+    ///
+    /// When it ends instead, or takes too long.
+    pub fn wait_open(&mut self) -> Result<()> {
+        let until = Instant::now() + START_LIMIT;
+        loop {
+            self.process_mut()?.expect_running()?;
+            let is_socket = |path: &PathBuf| {
+                std::fs::metadata(path).is_ok_and(|data| data.file_type().is_socket())
+            };
+            let answer = self.control().stats();
+            if answer.is_ok() && self.sockets.iter().all(is_socket) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                let why = answer.err().map(|error| format!("{error:#}"));
+                bail!("the daemon did not open its sockets: {why:?}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn process_mut(&mut self) -> Result<&mut Process> {
+        self.process.as_mut().context("the daemon is not started")
+    }
+
+    /// Kills the daemon with SIGKILL.
+    ///
+    /// # Errors
+    ///
+    /// When it had ended by itself before.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process_mut()?.expect_running()?;
+        if let Some(mut process) = self.process.take() {
+            process.kill()?;
+        }
+        Ok(())
+    }
+
+    /// Asks the daemon to end (SIGTERM), and waits until it did so with status 0.
+    ///
+    /// # Errors
+    ///
+    /// When it does not, or not in time.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process_mut()?.expect_running()?;
+        if let Some(mut process) = self.process.take() {
+            process.terminate()?;
+            let status = process.wait(START_LIMIT)?;
+            ensure!(status.success(), "the daemon ended with {status}");
+        }
+        Ok(())
+    }
+
+    /// Fails when the daemon ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// As it says.
+    pub fn expect_running(&mut self) -> Result<()> {
+        self.process_mut()?.expect_running()
+    }
+
+    /// The socket of guest `number`.
+    #[must_use]
+    pub fn socket(&self, number: usize) -> &Path {
+        &self.sockets[number]
+    }
+
+    /// The control socket's client.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        Control::new(self.control_socket.clone())
+    }
+
+    /// The control socket's path.
+    #[must_use]
+    pub fn control_socket(&self) -> &Path {
+        &self.control_socket
+    }
+
+    /// Memory of the daemon that is in RAM, in bytes; 0 while it does not run.
+    ///
+    /// The guests' own memory, which the daemon maps, is theirs and not counted.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        let Some(process) = &self.process else {
+            return 0;
+        };
+        let path = format!("/proc/{}/smaps", process.pid());
+        resident_own(&std::fs::read_to_string(path).unwrap_or_default())
+    }
+}
+
+/// What QEMU names the memory that it shares.
+const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
+
+/// Sum of `Rss` over the mappings of an smaps file, without guests' memory.
+fn resident_own(smaps: &str) -> u64 {
+    let mut own = true;
+    let mut kib = 0;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if first == "Rss:" {
+            let value: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+            kib += if own { value } else { 0 };
+        } else if !first.ends_with(':') {
+            // The heading of a mapping: its range, then at last its file.
+            own = !line.contains(GUEST_MEMORY);
+        }
+    }
+    kib << 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_memory_is_not_the_daemons() {
+        let smaps = "7f00-7f10 rw-s 00000000 00:01 5 /memfd:memory-backend-memfd (deleted)\n\
+                     Size: 100 kB\nRss: 90 kB\n\
+                     7f20-7f30 rw-p 00000000 00:00 0\n\
+                     Rss: 8 kB\nPss: 8 kB\n";
+        assert_eq!(resident_own(smaps), 8 << 10);
+    }
+}

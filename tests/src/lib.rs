@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the tests of whole devices are made of.
+//!
+//! - [`frontend`] takes the place of QEMU and guest: it speaks vhost-user with the daemon over
+//!   a real socket, and drives real rings in shared memory. Quick, exact, and free to misbehave.
+//! - [`guest`] boots real guests and puts real load on them.
+
+#[cfg(feature = "frontend")]
+pub mod frontend;
+pub mod guest;

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A hundred kills and restarts of the daemon at random moments of guests' lives.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use cram_tests::guest::{
+    Failed, Guest, Hold, Kernel, LoadOptions, Stage, seed_from_env, wait_until,
+};
+
+use crate::scale::{ROOMY, guest_of, pages, small};
+
+/// Kills over the whole test.
+const KILLS: u32 = 100;
+/// Guests that live through them, one after another, so that boot and probe get their share.
+const LIVES: u32 = 10;
+
+/// Random numbers that a seed repeats (SplitMix64).
+struct Lots(u64);
+
+impl Lots {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x ^ (x >> 31)) % limit
+    }
+}
+
+/// What the guest does while its daemon comes and goes: boot, swap, verify, idle, again and again.
+fn live(guest: &mut Guest, over: &AtomicBool) -> Result<()> {
+    guest.connect()?;
+    guest.wait_booted()?;
+    guest.swap_on()?;
+    let hold = Hold::start(guest, &small(Kernel::Plain))?;
+    let mut round = 0;
+    while !over.load(Ordering::SeqCst) {
+        round += 1;
+        hold.page_out()?;
+        // Pages may be lost at any moment. Wrong they may never be.
+        hold.verify("random", round)?.expect_no_wrong_byte()?;
+        hold.rewrite(round, 500)?;
+        std::thread::sleep(Duration::from_millis(300 * (round % 3)));
+    }
+    hold.finish()
+}
+
+#[test]
+fn a_hundred_kills() -> Result<(), Failed> {
+    let seed = seed_from_env("a_hundred_kills");
+    let mut lots = Lots(seed);
+    Stage::run("a_hundred_kills", |stage| {
+        for number in 0..LIVES {
+            one_life(stage, number, &mut lots)
+                .with_context(|| format!("life {number} of CRAM_SEED={seed}"))?;
+        }
+        Ok(())
+    })
+}
+
+fn one_life(stage: &Stage, number: u32, lots: &mut Lots) -> Result<()> {
+    let mut daemon = stage.daemon(ROOMY)?;
+    let mut options = guest_of(&daemon, Kernel::Plain);
+    options.name = format!("life{number}");
+    // Both the guest and the daemon are started here: they die with the thread that starts them.
+    let mut guest = Guest::launch(stage.artifacts(), stage.folder(), options)?;
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let life = scope.spawn(|| {
+            let lived = live(&mut guest, &over);
+            over.store(true, Ordering::SeqCst);
+            lived
+        });
+        let killed = (0..KILLS / LIVES).try_for_each(|_| {
+            // Never two lives alike: some kills come while QEMU still realizes the device.
+            sleep_unless(Duration::from_millis(lots.below(2500)), &over);
+            daemon.kill()?;
+            sleep_unless(Duration::from_millis(lots.below(800)), &over);
+            daemon.restart()
+        });
+        let opened = killed.and_then(|()| daemon.wait_open());
+        over.store(true, Ordering::SeqCst);
+        match life.join() {
+            Ok(lived) => lived?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+        opened
+    })?;
+    // Peace: the device is used again, and nothing is lost any more.
+    guest.expect_alive()?;
+    let load = LoadOptions {
+        offset_mib: 500,
+        ..small(Kernel::Plain)
+    };
+    let hold = Hold::start(&guest, &load)?;
+    let mut round = 0;
+    wait_until(
+        "the device in use",
+        guest.patient(Duration::from_secs(30)),
+        || {
+            round += 1;
+            hold.rewrite(round, 1000)?;
+            hold.page_out()?;
+            Ok(daemon.control().stats()?.get("pages_stored")? >= pages(&load) / 2)
+        },
+    )?;
+    hold.verify("random", 1)?.expect_good()?;
+    hold.finish()?;
+    ensure!(daemon.control().stats()?.get("gets_corrupt")? == 0);
+    guest.finish()
+}
+
+fn sleep_unless(time: Duration, over: &AtomicBool) {
+    let until = Instant::now() + time;
+    while Instant::now() < until && !over.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

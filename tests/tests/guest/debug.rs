@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The tests that reach every path of driver and kernel hook, on the kernel that checks itself
+//! (lockdep, sleep in atomic context, RCU, KASAN). What it finds it prints, and that fails the test.
+
+use anyhow::Result;
+use cram_tests::guest::{Failed, Kernel, Stage};
+
+use crate::{lifecycle, loss, swap};
+
+fn debug(name: &str, body: impl FnOnce(&Stage, Kernel) -> Result<()>) -> Result<(), Failed> {
+    Stage::run(name, |stage| {
+        if stage.artifacts().kernel_debug.is_none() {
+            eprintln!("{name}: skipped, the debug kernel was not built");
+            return Ok(());
+        }
+        body(stage, Kernel::Debug)
+    })
+}
+
+#[test]
+fn debug_verified_swap() -> Result<(), Failed> {
+    debug("debug_verified_swap", swap::all_through_the_device)
+}
+
+#[test]
+fn debug_tiny_capacity() -> Result<(), Failed> {
+    debug("debug_tiny_capacity", swap::overflow_to_the_disk)
+}
+
+#[test]
+fn debug_swapoff_brings_back() -> Result<(), Failed> {
+    debug("debug_swapoff_brings_back", swap::off_and_on)
+}
+
+#[test]
+fn debug_daemon_killed() -> Result<(), Failed> {
+    debug("debug_daemon_killed", loss::killed_with_pages_out)
+}
+
+#[test]
+fn debug_module_reload() -> Result<(), Failed> {
+    debug("debug_module_reload", lifecycle::module_goes_and_comes)
+}
+
+#[test]
+fn debug_hot_unplug() -> Result<(), Failed> {
+    debug("debug_hot_unplug", lifecycle::unplugged_with_pages_out)
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! docs/protocol.md, sentence by sentence, against the real daemon over real sockets and rings.
+
+mod connection;
+mod events;
+mod hostile;
+mod malformed;
+mod operations;
+mod pools;
