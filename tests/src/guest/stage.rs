@@ -36,20 +36,19 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Runs a test. Without artifacts it says so and passes: the guests are `cargo xtask test`'s.
+    /// Runs a test.
     ///
     /// # Errors
     ///
-    /// When the test fails, or a guest's kernel printed what it never should.
+    /// When the test fails, a guest's kernel printed what it never should, or nothing was built
+    /// to run.
     pub fn run(name: &str, body: impl FnOnce(&Stage) -> Result<()>) -> Result<(), Failed> {
         Self::run_one(name, body).map_err(|error| Failed(format!("{name}: {error:#}")))
     }
 
     fn run_one(name: &str, body: impl FnOnce(&Stage) -> Result<()>) -> Result<()> {
-        let Some(artifacts) = Artifacts::from_env()? else {
-            eprintln!("{name}: skipped, no guest was built; run cargo xtask test");
-            return Ok(());
-        };
+        let artifacts = Artifacts::from_env()?
+            .context("no guest was built: run cargo xtask test, or see docs/testing.md")?;
         // A test that failed leaves nothing behind that the next one could trip over.
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let begin = Instant::now();

@@ -12,10 +12,12 @@ use cram_tests::guest::{
 
 use crate::scale::{ROOMY, guest_of, pages, small};
 
-/// Kills over the whole test.
-const KILLS: u32 = 100;
-/// Guests that live through them, one after another, so that boot and probe get their share.
+/// Guests that live one after another, so that boot and probe get their share of the kills.
 const LIVES: u32 = 10;
+/// Kills in each of those lives.
+const KILLS: u32 = 10;
+/// Lives on the debug kernel, which takes its time.
+const DEBUG_LIVES: u32 = 2;
 
 /// Random numbers that a seed repeats (SplitMix64).
 struct Lots(u64);
@@ -35,7 +37,7 @@ fn live(guest: &mut Guest, over: &AtomicBool) -> Result<()> {
     guest.connect()?;
     guest.wait_booted()?;
     guest.swap_on()?;
-    let hold = Hold::start(guest, &small(Kernel::Plain))?;
+    let hold = Hold::start(guest, &small(guest.options().kernel))?;
     let mut round = 0;
     while !over.load(Ordering::SeqCst) {
         round += 1;
@@ -51,22 +53,37 @@ fn live(guest: &mut Guest, over: &AtomicBool) -> Result<()> {
 #[test]
 fn a_hundred_kills() -> Result<(), Failed> {
     let seed = seed_from_env("a_hundred_kills");
-    let mut lots = Lots(seed);
     Stage::run("a_hundred_kills", |stage| {
-        for number in 0..LIVES {
-            one_life(stage, number, &mut lots)
-                .with_context(|| format!("life {number} of CRAM_SEED={seed}"))?;
-        }
-        Ok(())
+        lives(stage, Kernel::Plain, LIVES, seed)
     })
 }
 
-fn one_life(stage: &Stage, number: u32, lots: &mut Lots) -> Result<()> {
+/// Some more kills, on the kernel that checks itself.
+pub(crate) fn kills_on_debug_kernel(stage: &Stage, kernel: Kernel) -> Result<()> {
+    let seed = seed_from_env("debug_kills");
+    lives(stage, kernel, DEBUG_LIVES, seed)
+}
+
+fn lives(stage: &Stage, kernel: Kernel, count: u32, seed: u64) -> Result<()> {
+    let mut lots = Lots(seed);
+    for number in 0..count {
+        one_life(stage, kernel, number, &mut lots)
+            .with_context(|| format!("life {number} of CRAM_SEED={seed}"))?;
+    }
+    Ok(())
+}
+
+fn one_life(stage: &Stage, kernel: Kernel, number: u32, lots: &mut Lots) -> Result<()> {
     let mut daemon = stage.daemon(ROOMY)?;
-    let mut options = guest_of(&daemon, Kernel::Plain);
+    let mut options = guest_of(&daemon, kernel);
     options.name = format!("life{number}");
     // Both the guest and the daemon are started here: they die with the thread that starts them.
     let mut guest = Guest::launch(stage.artifacts(), stage.folder(), options)?;
+    // On the debug kernel everything takes longer, so the kills come further apart.
+    let longest_ms = match kernel {
+        Kernel::Plain => 2500,
+        Kernel::Debug => 10_000,
+    };
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let life = scope.spawn(|| {
@@ -74,9 +91,9 @@ fn one_life(stage: &Stage, number: u32, lots: &mut Lots) -> Result<()> {
             over.store(true, Ordering::SeqCst);
             lived
         });
-        let killed = (0..KILLS / LIVES).try_for_each(|_| {
+        let killed = (0..KILLS).try_for_each(|_| {
             // Never two lives alike: some kills come while QEMU still realizes the device.
-            sleep_unless(Duration::from_millis(lots.below(2500)), &over);
+            sleep_unless(Duration::from_millis(lots.below(longest_ms)), &over);
             daemon.kill()?;
             sleep_unless(Duration::from_millis(lots.below(800)), &over);
             daemon.restart()
@@ -93,7 +110,7 @@ fn one_life(stage: &Stage, number: u32, lots: &mut Lots) -> Result<()> {
     guest.expect_alive()?;
     let load = LoadOptions {
         offset_mib: 500,
-        ..small(Kernel::Plain)
+        ..small(kernel)
     };
     let hold = Hold::start(&guest, &load)?;
     let mut round = 0;

@@ -6,7 +6,7 @@
 use anyhow::Result;
 use cram_tests::guest::{Failed, Kernel, Stage};
 
-use crate::{lifecycle, loss, swap};
+use crate::{chaos, lifecycle, loss, swap};
 
 fn debug(name: &str, body: impl FnOnce(&Stage, Kernel) -> Result<()>) -> Result<(), Failed> {
     Stage::run(name, |stage| {
@@ -46,4 +46,9 @@ fn debug_module_reload() -> Result<(), Failed> {
 #[test]
 fn debug_hot_unplug() -> Result<(), Failed> {
     debug("debug_hot_unplug", lifecycle::unplugged_with_pages_out)
+}
+
+#[test]
+fn debug_kills() -> Result<(), Failed> {
+    debug("debug_kills", chaos::kills_on_debug_kernel)
 }

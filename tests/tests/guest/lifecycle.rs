@@ -9,7 +9,7 @@ use cram_tests::guest::{Failed, GuestOptions, Hold, Kernel, Stage};
 use serde_json::json;
 
 use crate::scale::{
-    ROOMY, expect_travelled, guest_of, large, pages, small, wait_empty, wait_stored,
+    ROOMY, brief, expect_travelled, guest_of, pages, small, wait_empty, wait_stored,
 };
 
 /// Unloading the module drains its pages to the disk beneath, or is refused; either way every
@@ -121,7 +121,7 @@ fn reset_with_pages_out() -> Result<(), Failed> {
         guest.wait_booted()?;
         wait_empty(&daemon)?;
         guest.swap_on()?;
-        guest.load(&large(Kernel::Plain))?;
+        guest.load(&brief())?;
         let reading = guest.reading()?;
         ensure!(reading.disk_written_bytes == 0, "the disk was used");
         expect_travelled(&guest, &daemon)?;

@@ -38,6 +38,15 @@ pub(crate) fn large(kernel: Kernel) -> LoadOptions {
     }
 }
 
+/// The same, read back fewer times, for tests whose point is something else.
+pub(crate) fn brief() -> LoadOptions {
+    LoadOptions {
+        mib: 280,
+        passes: "sequential,random".to_owned(),
+        ..LoadOptions::default()
+    }
+}
+
 /// Data that fits in the guest's memory, but may be told to leave it.
 pub(crate) fn small(kernel: Kernel) -> LoadOptions {
     LoadOptions {

@@ -6,10 +6,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Result, ensure};
-use cram_tests::guest::{Failed, GuestOptions, Hold, Kernel, LoadOptions, Stage};
+use cram_tests::guest::{DaemonOptions, Failed, GuestOptions, Hold, Kernel, LoadOptions, Stage};
+
+use serde_json::json;
 
 use crate::scale::{
-    ROOMY, expect_travelled, guest_of, large, pages, small, wait_empty, wait_stored,
+    ROOMY, brief, expect_travelled, guest_of, large, pages, small, wait_empty, wait_stored,
 };
 
 /// The harness itself, without the device: what fails here is not the device's fault.
@@ -129,6 +131,67 @@ fn swapoff_brings_back() -> Result<(), Failed> {
     })
 }
 
+/// A guest over its quota is refused, though the pool has room, and swaps to its disk.
+#[test]
+fn over_quota() -> Result<(), Failed> {
+    Stage::run("over_quota", |stage| {
+        let quota: u64 = 16 << 20;
+        let daemon = stage.daemon_with(DaemonOptions {
+            more: vec!["--quota".to_owned(), quota.to_string()],
+            ..DaemonOptions::default()
+        })?;
+        let guest = stage.guest(guest_of(&daemon, Kernel::Plain))?;
+        guest.swap_on()?;
+        let hold = Hold::start(&guest, &small(Kernel::Plain))?;
+        hold.page_out()?;
+        hold.verify("random", 1)?.expect_good()?;
+        hold.rewrite(2, 500)?;
+        hold.page_out()?;
+        hold.verify("sequential", 2)?.expect_good()?;
+        let stats = expect_travelled(&guest, &daemon)?;
+        ensure!(stats.get("refused_over_quota")? > 0, "nothing was refused");
+        let held = stats.raw["clients"][0]["mem_used_max"].as_u64();
+        ensure!(
+            held.is_some_and(|held| held > 0 && held <= quota),
+            "the guest's pages held {held:?} bytes of {quota}"
+        );
+        let written = guest.reading()?.disk_written_bytes;
+        ensure!(written > 0, "the refused pages are not on the disk");
+        hold.finish()?;
+        guest.finish()
+    })
+}
+
+/// A frozen guest keeps what it has in the pool, and swaps to its disk until it is thawed.
+#[test]
+fn frozen_and_thawed() -> Result<(), Failed> {
+    Stage::run("frozen_and_thawed", |stage| {
+        let daemon = stage.daemon(ROOMY)?;
+        let guest = stage.guest(guest_of(&daemon, Kernel::Plain))?;
+        guest.swap_on()?;
+        let load = small(Kernel::Plain);
+        let hold = Hold::start(&guest, &load)?;
+        hold.page_out()?;
+        wait_stored(&daemon, pages(&load) / 2)?;
+        let control = daemon.control();
+        control.call("client.freeze", json!({ "client": "guest0" }))?;
+        hold.verify("random", 1)?.expect_good()?;
+        hold.rewrite(2, 500)?;
+        hold.page_out()?;
+        hold.verify("reverse", 2)?.expect_good()?;
+        // The driver may know by the pressure, and not even ask.
+        let written = guest.reading()?.disk_written_bytes;
+        ensure!(written > 0, "a frozen guest did not use its disk");
+        control.call("client.thaw", json!({ "client": "guest0" }))?;
+        hold.rewrite(3, 1000)?;
+        hold.page_out()?;
+        wait_stored(&daemon, pages(&load) / 2)?;
+        hold.verify("stride", 3)?.expect_good()?;
+        hold.finish()?;
+        guest.finish()
+    })
+}
+
 /// Pages that are changed again and again, with older copies in the device or on the disk:
 /// none of those may ever be read.
 #[test]
@@ -175,9 +238,9 @@ fn shared_pages() -> Result<(), Failed> {
 #[test]
 fn two_guests() -> Result<(), Failed> {
     Stage::run("two_guests", |stage| {
-        let daemon = stage.daemon_with(cram_tests::guest::DaemonOptions {
+        let daemon = stage.daemon_with(DaemonOptions {
             sockets: 2,
-            ..Default::default()
+            ..DaemonOptions::default()
         })?;
         let mut guests = Vec::new();
         for number in 0..2 {
@@ -190,7 +253,7 @@ fn two_guests() -> Result<(), Failed> {
         let load = |number: usize| LoadOptions {
             offset_mib: number as u64 * 400,
             seed: number as u64,
-            ..large(Kernel::Plain)
+            ..brief()
         };
         std::thread::scope(|scope| {
             let runs: Vec<_> = guests

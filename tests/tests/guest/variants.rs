@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use cram_tests::guest::{Failed, GuestOptions, Hold, Kernel, LoadOptions, Stage};
 
-use crate::scale::{ROOMY, expect_travelled, guest_of, large, pages, small, wait_stored};
+use crate::scale::{ROOMY, brief, expect_travelled, guest_of, pages, small, wait_stored};
 
 const HUGE: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-64kB";
 
@@ -19,7 +19,7 @@ fn large_folios() -> Result<(), Failed> {
         let guest = stage.guest(guest_of(&daemon, Kernel::Plain))?;
         guest.shell(&format!("echo always > {HUGE}/enabled"))?;
         guest.swap_on()?;
-        guest.load(&large(Kernel::Plain))?;
+        guest.load(&brief())?;
         let whole = guest.shell(&format!("cat {HUGE}/stats/swpout"))?;
         ensure!(whole.trim() != "0", "no large folio was swapped out whole");
         expect_travelled(&guest, &daemon)?;
@@ -40,7 +40,7 @@ fn zswap_above() -> Result<(), Failed> {
              echo 5 > max_pool_percent && echo Y > enabled",
         )?;
         guest.swap_on()?;
-        guest.load(&large(Kernel::Plain))?;
+        guest.load(&brief())?;
         let vmstat = guest.reading()?.vmstat;
         ensure!(vmstat.get("zswpout")? > 0, "zswap took nothing");
         expect_travelled(&guest, &daemon)?;
