@@ -46,7 +46,7 @@ pub struct Contents<'a> {
 pub fn build(cache: &Cache, root: &Path, contents: &Contents<'_>) -> Result<PathBuf> {
     let (debian, debian_key) = debian_files(cache)?;
     let init = root.join("images/init");
-    let key = KeyBuilder::new("image 1")
+    let key = KeyBuilder::new("image 3")
         .text("debian", debian_key.as_str())
         .text("kernel", contents.kernel.key().as_str())
         .file(&init)?
@@ -136,12 +136,20 @@ fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
         .with_context(|| format!("cannot set the mode of {}", to.display()))
 }
 
+/// For shells on the console. By itself `poweroff` only asks the first process,
+/// which here is a script that does not listen; and busybox's shell takes its own
+/// programs before any in the path, so that only an alias helps.
+const PROFILE: &str = "\
+export PATH=/bin HOME=/root PS1='guest# '
+alias poweroff='poweroff -f' halt='halt -f' reboot='reboot -f'
+";
+
 fn write_etc(etc: &Path) -> Result<()> {
     let files = [
         ("passwd", "root::0:0:root:/root:/bin/sh\n"),
         ("group", "root:x:0:\n"),
         ("hostname", "cram-guest\n"),
-        ("profile", "export PATH=/bin HOME=/root PS1='guest# '\n"),
+        ("profile", PROFILE),
     ];
     for (name, text) in files {
         fs::write(etc.join(name), text).with_context(|| format!("cannot write etc/{name}"))?;

@@ -100,10 +100,7 @@ pub fn build(args: &BuildArgs, sources: SourceArgs) -> Result<()> {
                 builder.module(Flavour::Debug)?;
                 builder.kernel(Flavour::Debug)?.vmlinux()
             }
-            Target::Qemu => {
-                builder.firmware()?;
-                builder.qemu()?.emulator
-            }
+            Target::Qemu => builder.qemu()?.emulator,
             Target::Image => builder.image(Flavour::Release)?,
             Target::Corpus => builder.corpus()?,
         };
@@ -244,7 +241,13 @@ impl Builder {
 
     fn qemu(&self) -> Result<qemu::Qemu> {
         let source = sources::qemu(&self.cache, self.sources.qemu_source.as_deref())?;
-        qemu::build(&self.cache, &self.root, &source, self.jobs)
+        qemu::build(
+            &self.cache,
+            &self.root,
+            &source,
+            &self.firmware()?,
+            self.jobs,
+        )
     }
 
     fn firmware(&self) -> Result<PathBuf> {

@@ -3,6 +3,7 @@
 //! QEMU with our device, and the firmware that Debian's source leaves out.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -55,7 +56,13 @@ pub struct Qemu {
 }
 
 /// Builds QEMU; keeps the programs and nothing else.
-pub fn build(cache: &Cache, root: &Path, source: &Source, jobs: usize) -> Result<Qemu> {
+pub fn build(
+    cache: &Cache,
+    root: &Path,
+    source: &Source,
+    firmware: &Path,
+    jobs: usize,
+) -> Result<Qemu> {
     let patches = series(&root.join("qemu-patches"))?;
     let key = KeyBuilder::new("qemu 1")
         .text("source", source.key()?.as_str())
@@ -101,6 +108,7 @@ pub fn build(cache: &Cache, root: &Path, source: &Source, jobs: usize) -> Result
         step.finish();
         Ok(())
     })?;
+    link_firmware(&dir, firmware)?;
     let qtest = dir
         .join("bin")
         .join(QTEST.rsplit('/').next().unwrap_or(QTEST));
@@ -108,6 +116,25 @@ pub fn build(cache: &Cache, root: &Path, source: &Source, jobs: usize) -> Result
         emulator: dir.join("bin").join(EMULATOR),
         qtest: qtest.exists().then_some(qtest),
     })
+}
+
+/// Puts the firmware where an installed QEMU looks for it, relative to its own
+/// place: its own tests start it without -L, and so do people.
+fn link_firmware(dir: &Path, firmware: &Path) -> Result<()> {
+    let share = dir.join("share");
+    let link = share.join("qemu");
+    if fs::read_link(&link).is_ok_and(|target| target == firmware) {
+        return Ok(());
+    }
+    match fs::remove_file(&link) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {}", link.display()));
+        }
+        _ => {}
+    }
+    fs::create_dir_all(&share)
+        .and_then(|()| symlink(firmware, &link))
+        .with_context(|| format!("cannot make the link {}", link.display()))
 }
 
 fn prepare(
