@@ -3,17 +3,17 @@
 //! The tests that reach every path of driver and kernel hook, on the kernel that checks itself
 //! (lockdep, sleep in atomic context, RCU, KASAN). What it finds it prints, and that fails the test.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use cram_tests::guest::{Failed, Kernel, Stage};
 
 use crate::{chaos, lifecycle, loss, swap};
 
 fn debug(name: &str, body: impl FnOnce(&Stage, Kernel) -> Result<()>) -> Result<(), Failed> {
     Stage::run(name, |stage| {
-        if stage.artifacts().kernel_debug.is_none() {
-            eprintln!("{name}: skipped, the debug kernel was not built");
-            return Ok(());
-        }
+        ensure!(
+            stage.artifacts().kernel_debug.is_some(),
+            "the debug kernel was not built: run cargo xtask test"
+        );
         body(stage, Kernel::Debug)
     })
 }

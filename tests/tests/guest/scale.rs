@@ -52,7 +52,7 @@ pub(crate) fn small(kernel: Kernel) -> LoadOptions {
     LoadOptions {
         mib: match kernel {
             Kernel::Plain => 96,
-            Kernel::Debug => 48,
+            Kernel::Debug => 32,
         },
         ..LoadOptions::default()
     }
