@@ -262,13 +262,17 @@ impl Device {
             client: &self.guest.account,
             max_pools: self.guest.offer.max_pools,
         };
-        let (mut chains, mut pages, mut malformed, mut changed) = (0, 0, 0, false);
+        let counters = &self.guest.counters;
+        let (mut chains, mut pages, mut changed) = (0, 0, false);
         let mut outcome = Ok(());
         while chains < u32::from(waiting).min(BATCH_CHAINS) && pages < BATCH_PAGES {
             let done = ring::take(queue, &memory).and_then(|head| {
                 let table = ring::table(queue);
                 let parsed = workspace.chain().parse(&memory, table, head, &terms);
                 let effect = execute(target, &memory, workspace, parsed);
+                // Before the driver can see the answer, so that who has it finds it counted.
+                Counters::add(&counters.requests, 1);
+                Counters::add(&counters.malformed, u64::from(effect.malformed));
                 ring::complete(queue, &memory, head, effect.used)?;
                 Ok(effect)
             });
@@ -276,7 +280,6 @@ impl Device {
                 Ok(effect) => {
                     chains += 1;
                     pages += effect.pages;
-                    malformed += u64::from(effect.malformed);
                     changed |= effect.changed;
                 }
                 Err(fault) => {
@@ -294,9 +297,6 @@ impl Device {
         if changed {
             self.guest.announcer.poke();
         }
-        let counters = &self.guest.counters;
-        Counters::add(&counters.requests, u64::from(chains));
-        Counters::add(&counters.malformed, malformed);
         Counters::add(&counters.interrupts, u64::from(interrupt));
         outcome.map(|()| chains)
     }
