@@ -9,7 +9,7 @@ use cram_tests::guest::{Failed, Guest, GuestOptions, Hold, Kernel, Stage};
 use serde_json::json;
 
 use crate::scale::{
-    ROOMY, brief, expect_travelled, guest_of, pages, small, wait_empty, wait_stored,
+    ROOMY, brief, expect_travelled, guest_of, pages, small, wait_freed, wait_stored,
 };
 
 /// Unloading the module drains its pages to the disk beneath, or is refused; either way every
@@ -48,7 +48,7 @@ pub(crate) fn module_goes_and_comes(stage: &Stage, kernel: Kernel) -> Result<()>
     hold.verify("random", 7)?.expect_good()?;
     hold.finish()?;
     expect_travelled(&guest, &daemon)?;
-    wait_empty(&daemon)?;
+    wait_freed(&guest, &daemon)?;
     guest.finish()
 }
 
@@ -149,7 +149,7 @@ fn reset_with_pages_out() -> Result<(), Failed> {
         guest.agent()?.expect_again();
         guest.qmp()?.call("system_reset", json!({}))?;
         guest.wait_booted()?;
-        wait_empty(&daemon)?;
+        wait_freed(&guest, &daemon)?;
         guest.swap_on()?;
         guest.load(&brief())?;
         let reading = guest.reading()?;

@@ -100,9 +100,14 @@ pub(crate) fn wait_stored(daemon: &Daemon, pages: u64) -> Result<()> {
     )
 }
 
-/// Waits until the device holds nothing. Flushes are queued, so that takes a moment.
-pub(crate) fn wait_empty(daemon: &Daemon) -> Result<()> {
-    wait_until("an empty device", Duration::from_secs(60), || {
-        Ok(daemon.control().stats()?.get("pages_stored")? == 0)
+/// Waits until the device holds no page whose slot the guest has freed. Flushes are queued, so
+/// that takes a moment. After swapoff, that is no page at all; before it, the kernel may keep a few
+/// slots of processes that are gone, for as long as their pages linger in the swap cache.
+pub(crate) fn wait_freed(guest: &Guest, daemon: &Daemon) -> Result<()> {
+    let what = "a device without freed pages";
+    wait_until(what, guest.patient(Duration::from_secs(20)), || {
+        let meminfo = guest.reading()?.meminfo;
+        let used_kib = meminfo.get("SwapTotal")? - meminfo.get("SwapFree")?;
+        Ok(daemon.control().stats()?.get("pages_stored")? <= used_kib / 4)
     })
 }

@@ -11,7 +11,7 @@ use cram_tests::guest::{DaemonOptions, Failed, GuestOptions, Hold, Kernel, LoadO
 use serde_json::json;
 
 use crate::scale::{
-    ROOMY, brief, expect_travelled, guest_of, large, pages, small, wait_empty, wait_stored,
+    ROOMY, brief, expect_travelled, guest_of, large, pages, small, wait_freed, wait_stored,
 };
 
 /// The harness itself, without the device: what fails here is not the device's fault.
@@ -66,7 +66,7 @@ pub(crate) fn all_through_the_device(stage: &Stage, kernel: Kernel) -> Result<()
     let written = guest.reading()?.disk_written_bytes;
     ensure!(written == 0, "{written} bytes were swapped to the disk");
     // The processes are gone, and with them their pages.
-    wait_empty(&daemon)?;
+    wait_freed(&guest, &daemon)?;
     guest.finish()
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn overflow_to_the_disk(stage: &Stage, kernel: Kernel) -> Result<()> 
     ensure!(held <= 32 << 20, "the pool held {held} bytes of 32 MiB");
     let written = guest.reading()?.disk_written_bytes;
     ensure!(written > 0, "the refused pages are not on the disk");
-    wait_empty(&daemon)?;
+    wait_freed(&guest, &daemon)?;
     guest.finish()
 }
 
@@ -110,7 +110,7 @@ pub(crate) fn off_and_on(stage: &Stage, kernel: Kernel) -> Result<()> {
     hold.page_out()?;
     wait_stored(&daemon, pages(&load) / 2)?;
     guest.shell("swapoff /dev/vdb")?;
-    wait_empty(&daemon)?;
+    wait_freed(&guest, &daemon)?;
     hold.verify("random", 1)?.expect_good()?;
     guest.shell("swapon /dev/vdb")?;
     hold.rewrite(2, 500)?;
@@ -120,7 +120,7 @@ pub(crate) fn off_and_on(stage: &Stage, kernel: Kernel) -> Result<()> {
     hold.finish()?;
     let written = guest.reading()?.disk_written_bytes;
     ensure!(written == 0, "{written} bytes were swapped to the disk");
-    wait_empty(&daemon)?;
+    wait_freed(&guest, &daemon)?;
     guest.finish()
 }
 
