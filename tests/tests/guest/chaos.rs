@@ -17,7 +17,7 @@ const LIVES: u32 = 10;
 /// Kills in each of those lives.
 const KILLS: u32 = 10;
 /// Lives on the debug kernel, which takes its time.
-const DEBUG_LIVES: u32 = 2;
+const DEBUG_LIVES: u32 = 1;
 
 /// Random numbers that a seed repeats (SplitMix64).
 struct Lots(u64);

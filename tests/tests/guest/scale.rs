@@ -26,13 +26,15 @@ pub(crate) fn guest_of(daemon: &Daemon, kernel: Kernel) -> GuestOptions {
     }
 }
 
-/// More data than the guest has memory.
+/// More data than the guest has memory. On the debug kernel, where every page takes its time, less
+/// data that is told to leave.
 pub(crate) fn large(kernel: Kernel) -> LoadOptions {
     match kernel {
         Kernel::Plain => LoadOptions::default(),
         Kernel::Debug => LoadOptions {
-            mib: 320,
+            mib: 72,
             passes: "sequential,random".to_owned(),
+            pageout: true,
             ..LoadOptions::default()
         },
     }
