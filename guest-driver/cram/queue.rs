@@ -233,7 +233,6 @@ impl RequestQueue {
         let mut inner = self.inner.lock();
         let (cookie, len) = inner.vq.as_mut()?.used()?;
         let (purpose, mut response) = inner.release(cookie)?;
-        inner.answered += 1;
         if (len as usize) < wire::RESPONSE_SIZE {
             response = wire::Response::default();
         }
@@ -315,6 +314,7 @@ impl Inner {
         let slot = self.slots.get_mut(usize::from(nr))?;
         let purpose = slot.purpose.take()?;
         let response = slot.shared.response();
+        self.answered += 1;
         // There is room: the capacity is the number of slots, and each is there once.
         let _ = self.free.push_within_capacity(nr);
         Some((purpose, response))
