@@ -12,7 +12,7 @@
 //! | [`areas`]     | which freed slots the device has not heard of yet                    |
 //! | [`events`]    | the event queue                                                      |
 //! | [`stats`]     | counters, and how debugfs shows them                                 |
-//! | [`frontswap`], [`virtio`], [`dma`], [`work`] | the C interfaces, wrapped; all `unsafe` is here |
+//! | [`frontswap`], [`virtio`], [`dma`], [`work`] | the C interfaces, wrapped; nearly all `unsafe` is here |
 //!
 //! Locks, outermost first: `Device::control` (a mutex), a queue's spinlock, an area's spinlock.
 //! Pages are completed with no lock held.
