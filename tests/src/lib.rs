@@ -6,6 +6,10 @@
 //!   a real socket, and drives real rings in shared memory. Quick, exact, and free to misbehave.
 //! - [`guest`] boots real guests and puts real load on them.
 
+//! - [`bench`] holds what the benchmarks are made of.
+
+#[cfg(feature = "bench")]
+pub mod bench;
 #[cfg(feature = "frontend")]
 pub mod frontend;
 pub mod guest;

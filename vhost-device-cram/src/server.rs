@@ -141,6 +141,7 @@ impl Daemon {
             capacity_bytes: options.capacity_bytes,
             max_clients: u32::try_from(options.sockets.len()).unwrap_or(u32::MAX),
             max_pools_per_client: options.offer.max_pools,
+            ..StoreConfig::default()
         };
         let store = Store::new(config)?;
         let announcer = Arc::new(Announcer::default());

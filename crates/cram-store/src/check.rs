@@ -2,148 +2,372 @@
 
 //! The consistency check of the whole store.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::Store;
-use crate::arena::{Place, cost_bytes};
-use crate::budget::Account;
+use crate::account::Account;
+use crate::arena::{Header, Kind, Place};
 use crate::core::Core;
 use crate::space::Space;
+use crate::stats::Amounts;
+use crate::sync::atomic::Ordering::Relaxed;
 
 impl Store {
-    /// Walks all structures and compares them with each other and with all accounts and counters.
-    /// Meant for tests, and for times of rest: operations that run meanwhile look like faults.
+    /// Walks all structures and compares them with each other, with what is in the arena, and with
+    /// all accounts and counters. Meant for tests, and for times of rest: operations that run
+    /// meanwhile look like faults.
     ///
     /// # Errors
     /// A text that names the first contradiction.
     pub fn check(&self) -> Result<(), String> {
-        let clients = self.clients();
-        let mut walk = Walk::default();
-        for client in &clients {
-            let account = client.account();
-            walk.bill(account, client.fixed_bytes());
-            walk.held += client.fixed_bytes();
-            for (_, pool) in client.pools() {
-                walk.space(&self.core, pool.space())?;
-            }
+        let core = &*self.core;
+        let mut walk = Walk::new(core);
+        for account in core.accounts.all() {
+            let bytes = Account::fixed_bytes(&account.name, core.stripes);
+            walk.held += bytes;
+            walk.bill(account.number).bytes += bytes;
         }
-        if self
-            .core
-            .ephemeral
-            .read()
-            .iter()
-            .any(|space| !walk.spaces.contains(&address(space)))
-        {
-            return Err("an ephemeral space belongs to no client".into());
-        }
-        walk.held += self.core.fixed_bytes() + self.core.arena.verify(&mut walk.images)?;
-        let held = self.core.budget.held_bytes();
-        if walk.held != held {
-            return Err(format!(
-                "{} bytes are held but {held} are counted",
-                walk.held
-            ));
-        }
-        if held > self.capacity_bytes() {
-            return Err(format!("{held} bytes are held, above the capacity"));
-        }
-        if self.stats().pages_stored != walk.pages {
-            return Err(format!(
-                "{} pages are there but {:?}",
-                walk.pages,
-                self.stats()
-            ));
-        }
-        walk.bills.values().try_for_each(Bill::verify)
+        let spaces = core.all_spaces();
+        walk.pools(self, &spaces)?;
+        spaces.iter().try_for_each(|space| walk.space(space))?;
+        walk.objects()?;
+        walk.images()?;
+        walk.catalogue_entries()?;
+        walk.arena()?;
+        walk.totals()
     }
-}
-
-/// Stands for an object by where it is, to tell it from others.
-fn address<T>(shared: &Arc<T>) -> usize {
-    Arc::as_ptr(shared).addr()
 }
 
 /// What an account should say.
+#[derive(Default, Debug, PartialEq, Eq)]
 struct Bill {
-    account: Arc<Account>,
     bytes: u64,
-    pages: u64,
-}
-
-impl Bill {
-    fn verify(&self) -> Result<(), String> {
-        let (bytes, pages) = (self.account.used_bytes(), self.account.tally.pages_stored());
-        if (self.bytes, self.pages) == (bytes, pages) {
-            return Ok(());
-        }
-        let (true_bytes, true_pages) = (self.bytes, self.pages);
-        Err(format!(
-            "a client has {true_pages} pages of {true_bytes} bytes but is billed {pages} of {bytes}"
-        ))
-    }
+    evictable: u64,
+    images: u64,
+    /// Pages in shared pools, and images.
+    own: Amounts<u64>,
 }
 
 /// What [`Store::check`] gathers.
-#[derive(Default)]
-struct Walk {
-    spaces: Vec<usize>,
-    images: Vec<(Place, usize)>,
-    bills: HashMap<usize, Bill>,
+struct Walk<'a> {
+    core: &'a Core,
     held: u64,
+    catalogue: u64,
     pages: u64,
+    bills: HashMap<u16, Bill>,
+    /// Every record that something leads to.
+    records: HashMap<Place, Header>,
+    /// Numbers that objects have in the shards.
+    numbers: HashSet<u32>,
+    /// How many pages need each image, by domain and number.
+    needed: HashMap<(u16, u32), u32>,
 }
 
-impl Walk {
-    fn bill(&mut self, account: &Arc<Account>, bytes: u64) -> &mut Bill {
-        let account = account.clone();
-        let bill = self.bills.entry(address(&account)).or_insert(Bill {
-            account,
-            bytes: 0,
+fn sum(mine: &mut Amounts<u64>, more: &Amounts<u64>) {
+    mine.pages += more.pages;
+    mine.image_bytes += more.image_bytes;
+    mine.billed_bytes += more.billed_bytes;
+    mine.same += more.same;
+    mine.huge += more.huge;
+    mine.shared += more.shared;
+    mine.sharing += more.sharing;
+    mine.recompressed += more.recompressed;
+}
+
+impl<'a> Walk<'a> {
+    fn new(core: &'a Core) -> Self {
+        Self {
+            core,
+            held: core.fixed_bytes(),
+            catalogue: 0,
             pages: 0,
-        });
-        bill.bytes += bytes;
-        bill
+            bills: HashMap::new(),
+            records: HashMap::new(),
+            numbers: HashSet::new(),
+            needed: HashMap::new(),
+        }
     }
 
-    fn space(&mut self, core: &Core, space: &Arc<Space>) -> Result<(), String> {
-        if self.spaces.contains(&address(space)) {
-            return Ok(());
+    fn bill(&mut self, account: u16) -> &mut Bill {
+        self.bills.entry(account).or_default()
+    }
+
+    /// Notes a record that something leads to.
+    fn record(&mut self, place: Place, kinds: &[Kind]) -> Result<Header, String> {
+        let header = self.core.arena.header(place);
+        let header = header.map_err(|_| format!("the record at {place:?} is damaged"))?;
+        if !kinds.contains(&header.kind) {
+            return Err(format!("the record at {place:?} is a {:?}", header.kind));
         }
-        self.spaces.push(address(space));
-        let (mut held, mut pages, mut packed) = (Space::fixed_bytes(core), 0, 0);
-        let mut blocks = 0;
+        if self.records.insert(place, header).is_some() {
+            return Err(format!("two things lead to the record at {place:?}"));
+        }
+        Ok(header)
+    }
+
+    /// Each space has pools, and each pool a space that is known.
+    fn pools(&self, store: &Store, spaces: &[Arc<Space>]) -> Result<(), String> {
+        let mut opened: HashMap<u32, u32> = HashMap::new();
+        for client in store.clients() {
+            for (_, pool) in client.pools() {
+                *opened.entry(pool.space().number).or_default() += 1;
+            }
+        }
+        for space in spaces {
+            let pools = opened.remove(&space.number).unwrap_or(0);
+            let shared = self.core.shared.lock();
+            let expected = match shared.get(&space.uuid) {
+                Some(entry) if space.is_shared() => entry.opened,
+                _ => 1,
+            };
+            if pools != expected {
+                return Err(format!(
+                    "space {} has {pools} pools, not {expected}",
+                    space.number
+                ));
+            }
+        }
+        if opened.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("pools have spaces that are unknown: {opened:?}"))
+        }
+    }
+
+    fn space(&mut self, space: &Space) -> Result<(), String> {
+        let core = self.core;
+        let mut index_bill = Space::fixed_bytes(core);
+        let mut amounts = Amounts::default();
+        self.held += Space::fixed_bytes(core);
+        let mut index_bytes = 0;
         for shard in space.shards() {
             let index = shard.lock();
             index.verify()?;
-            held += index.held_bytes();
-            if shard.oldest_stamp() != index.oldest_stamp() {
-                return Err("a shard's age beside its lock is wrong".into());
+            index_bytes += index.held_bytes();
+            index_bill += Space::index_bill_bytes(index.extent());
+            for (_, number) in index.numbers() {
+                if !self.numbers.insert(number) {
+                    return Err(format!("number {number} is two objects'"));
+                }
             }
-            for (_, slot) in index.pages() {
-                self.images
-                    .extend(slot.place().map(|place| (place, slot.len())));
-                let owner = space.owner(slot.owner).ok_or("a page's owner is unknown")?;
-                self.bill(&owner, space.bill_bytes(slot.len())).pages += 1;
-                blocks += cost_bytes(slot.len());
-                packed += slot.len() as u64;
-                pages += 1;
+            for (key, number, place) in index.pages() {
+                let header = self.record(place, &[Kind::Page, Kind::Alias])?;
+                let object = core.objects.get(header.number);
+                let is_its = (header.number == number || space.is_shared())
+                    && header.index == key.index
+                    && object.is_some_and(|object| {
+                        (object.space, object.id) == (space.number, key.object)
+                    });
+                if !is_its {
+                    return Err(format!("{key:?} leads to another page's record"));
+                }
+                let page = Amounts::of(&header, space.bill_bytes(core, header.len));
+                sum(&mut amounts, &page);
+                let owner = object.map_or(space.payer.number, |object| object.owner);
+                self.page(space, owner, &header, &page, place)?;
             }
         }
-        self.held += held;
-        self.pages += pages;
-        self.bill(&space.payer, held);
-        let stats = space.stats(core);
-        let found = (
-            stats.pages_stored,
-            stats.compr_data_size,
-            stats.mem_used_total,
-        );
-        if found != (pages, packed, held + blocks) {
-            return Err(format!(
-                "a pool has {pages} pages, {packed} bytes packed, but {stats:?}"
-            ));
+        if index_bytes != space.index_bytes() {
+            return Err("a shard's bytes beside its lock are wrong".into());
+        }
+        self.held += index_bytes;
+        self.pages += amounts.pages;
+        self.bill(space.payer.number).bytes += index_bill;
+        let counted = space.tally.sum().stored;
+        if counted != amounts {
+            return Err(format!("a pool has {amounts:?} but counts {counted:?}"));
         }
         Ok(())
+    }
+
+    fn page(
+        &mut self,
+        space: &Space,
+        owner: u16,
+        header: &Header,
+        amounts: &Amounts<u64>,
+        place: Place,
+    ) -> Result<(), String> {
+        let core = self.core;
+        let is_evictable = space.is_evictable();
+        let bill = self.bill(owner);
+        bill.bytes += amounts.billed_bytes;
+        if is_evictable {
+            bill.evictable += amounts.billed_bytes;
+        }
+        if space.is_shared() {
+            sum(&mut bill.own, amounts);
+        }
+        if header.kind == Kind::Alias {
+            let number = core.image_number(place, header);
+            let number = number.ok_or("an alias names no image")?;
+            let domain = space.domain.as_ref().ok_or("an alias in no domain")?;
+            *self.needed.entry((domain.number(), number)).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    fn objects(&mut self) -> Result<(), String> {
+        self.held += self.core.objects.held_bytes();
+        for (number, object, copies) in self.core.objects.all() {
+            let is_shared = self
+                .core
+                .space(object.space)
+                .is_some_and(|space| space.is_shared());
+            if !self.numbers.remove(&number) && !is_shared {
+                return Err(format!("number {number} is no object's"));
+            }
+            for place in copies {
+                let header = self.record(place, &[Kind::Object])?;
+                if header.number != number {
+                    return Err(format!("number {number} leads to that of another"));
+                }
+                self.catalogue += self.core.record_bytes(header.len);
+            }
+        }
+        match self.numbers.iter().next() {
+            None => Ok(()),
+            Some(number) => Err(format!("number {number} was not given")),
+        }
+    }
+
+    fn images(&mut self) -> Result<(), String> {
+        let domains: Vec<_> = self.core.domains.read().values().cloned().collect();
+        for domain in domains {
+            let images = domain.images.lock();
+            self.held += images.held_bytes();
+            for (number, place, refs) in images.all() {
+                let header = self.record(place, &[Kind::Image])?;
+                let needed = self.needed.remove(&(domain.number(), number)).unwrap_or(0);
+                let is_its = header.number == u32::from(domain.number()) && header.index == number;
+                if !is_its || refs != needed {
+                    return Err(format!(
+                        "image {number} is needed by {needed} pages and counts {refs}: {header:?}"
+                    ));
+                }
+                let bytes = self.core.record_bytes(header.len);
+                let bill = self.bill(domain.number());
+                bill.bytes += bytes;
+                bill.images += bytes;
+                sum(&mut bill.own, &Amounts::of(&header, bytes));
+            }
+        }
+        if self.needed.is_empty() {
+            Ok(())
+        } else {
+            Err(format!(
+                "images are needed and not there: {:?}",
+                self.needed
+            ))
+        }
+    }
+
+    fn catalogue_entries(&mut self) -> Result<(), String> {
+        let catalogue = self.core.catalogue.lock();
+        for (key, place) in catalogue.all() {
+            let header = self.record(place, &[Kind::Account, Kind::Space, Kind::Pool])?;
+            if (header.kind, header.number, header.index) != key {
+                return Err(format!("{key:?} leads to another's record"));
+            }
+            self.catalogue += self.core.record_bytes(header.len);
+        }
+        Ok(())
+    }
+
+    /// Exactly the records that something leads to are alive, and each span counts its own.
+    fn arena(&mut self) -> Result<(), String> {
+        let arena = &self.core.arena;
+        let layout = arena.layout();
+        self.held += arena.spans().held_bytes();
+        let mut found = 0;
+        for info in arena.spans().in_use() {
+            let mut live = 0;
+            let mut walk = arena.walk(info.span, info.filled);
+            let mut end = layout.first_granule();
+            while let Some(record) = walk.next() {
+                let at = layout.granule_of(record.place);
+                if at != end {
+                    return Err(format!("span {} has a gap at {end}", info.span));
+                }
+                end = at + layout.granules(record.header.record_bytes());
+                if record.is_live {
+                    if !self.records.contains_key(&record.place) {
+                        return Err(format!("nothing leads to {record:?}"));
+                    }
+                    live += end - at;
+                    found += 1;
+                }
+            }
+            if live != info.live || end != info.filled {
+                return Err(format!("{live} granules live and {end} filled of {info:?}"));
+            }
+        }
+        if found == self.records.len() {
+            Ok(())
+        } else {
+            let known = self.records.len();
+            Err(format!(
+                "{found} records are alive of {known} that are known"
+            ))
+        }
+    }
+
+    fn totals(&self) -> Result<(), String> {
+        let core = self.core;
+        let held = core.budget.held_bytes();
+        if self.held != held {
+            return Err(format!(
+                "{} bytes are held but {held} are counted",
+                self.held
+            ));
+        }
+        if held > core.budget.capacity_bytes() {
+            return Err(format!("{held} bytes are held, above the capacity"));
+        }
+        let counted = core.catalogue_bytes.load(Relaxed);
+        if counted != self.catalogue {
+            return Err(format!(
+                "{} bytes are in the catalogue but {counted} are counted",
+                self.catalogue
+            ));
+        }
+        let evictable: u64 = self.bills.values().map(|bill| bill.evictable).sum();
+        if evictable != core.evictable_bytes.load(Relaxed) {
+            return Err(format!(
+                "{evictable} bytes are evictable, and not counted so"
+            ));
+        }
+        let stats = core.stats();
+        if stats.pages_stored != self.pages {
+            return Err(format!("{} pages are there but {stats:?}", self.pages));
+        }
+        let sizes: u64 = core.sizes.read().iter().map(|(_, count)| count).sum();
+        if sizes != self.pages + stats.pages_shared {
+            return Err(format!("{sizes} images in the histogram, but {stats:?}"));
+        }
+        core.accounts
+            .all()
+            .iter()
+            .try_for_each(|account| self.account(account))
+    }
+
+    fn account(&self, account: &Account) -> Result<(), String> {
+        let none = Bill::default();
+        let bill = self.bills.get(&account.number).unwrap_or(&none);
+        let counted = Bill {
+            bytes: account.used_bytes(),
+            evictable: account.evictable_bytes.load(Relaxed),
+            images: account.image_bytes.load(Relaxed),
+            own: account.tally.sum().stored,
+        };
+        if *bill == counted {
+            Ok(())
+        } else {
+            Err(format!(
+                "account {} should say {bill:?} and says {counted:?}",
+                account.number
+            ))
+        }
     }
 }

@@ -5,15 +5,22 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 
-use crate::budget::{Account, NO_QUOTA};
-use crate::core::{Core, PRESSURE_MAX, SharedSpace, between, low_watermark};
+use crate::account::{Account, Holder, NO_QUOTA};
+use crate::arena::Kind;
+use crate::catalogue::{AccountRecord, PoolRecord};
+use crate::config::StoreConfig;
+use crate::core::{Core, SharedSpace};
+use crate::domain::Domain;
 use crate::evict::Whose;
+use crate::policy::{PRESSURE_MAX, between, low_watermark};
 use crate::pool::Pool;
+use crate::recover::KnownClient;
 use crate::space::{Keeping, Space};
 use crate::stats::ClientStats;
+use crate::sync::atomic::Ordering::Relaxed;
+use crate::sync::{Mutex, RwLock};
 
 /// A pool's number inside its client, chosen by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,8 +84,9 @@ struct Pools {
 /// gave it, never by what it says of itself.
 pub struct Client {
     core: Arc<Core>,
-    name: String,
     account: Arc<Account>,
+    /// Inside which its equal pages are stored once.
+    domain: Arc<Domain>,
     max_pools: u32,
     authorised: Mutex<HashSet<[u8; 16]>>,
     pools: RwLock<Pools>,
@@ -87,36 +95,39 @@ pub struct Client {
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client")
-            .field("name", &self.name)
+            .field("name", &self.name())
             .finish_non_exhaustive()
     }
 }
 
 impl Client {
-    /// `None` when the store or the quota has no room for it.
     pub(crate) fn new(
         core: Arc<Core>,
-        name: &str,
-        quota_bytes: Option<u64>,
-        max_pools: u32,
-    ) -> Option<Self> {
-        let client = Self {
+        account: Arc<Account>,
+        domain: Arc<Domain>,
+        config: &StoreConfig,
+    ) -> Self {
+        Self {
             core,
-            name: name.to_owned(),
-            account: Arc::new(Account::new(quota_bytes)),
-            max_pools,
+            account,
+            domain,
+            max_pools: config.max_pools_per_client,
             authorised: Mutex::default(),
             pools: RwLock::default(),
-        };
-        let bytes = client.fixed_bytes();
-        client.account.reserve(bytes).ok()?;
-        client.core.budget.reserve(bytes).ok()?;
-        Some(client)
+        }
     }
 
-    /// Bytes of a client without pools.
-    pub(crate) fn fixed_bytes(&self) -> u64 {
-        (size_of::<Self>() + size_of::<Account>() + 2 * self.name.len() + 512) as u64
+    /// A client that was found in the arena, with its pools.
+    pub(crate) fn recovered(core: Arc<Core>, known: KnownClient, config: &StoreConfig) -> Self {
+        let client = Self::new(core, known.account, known.domain, config);
+        {
+            let mut pools = client.pools.write();
+            for (id, spec, space) in known.pools {
+                let pool = Pool::new(client.core.clone(), spec, space, client.account.clone());
+                pools.by_id.insert(id, Arc::new(pool));
+            }
+        }
+        client
     }
 
     pub(crate) fn account(&self) -> &Arc<Account> {
@@ -126,7 +137,7 @@ impl Client {
     /// The operator's name for it.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        &self.account.name
     }
 
     /// The most bytes that its pages and their metadata may take; `None` when only the store's
@@ -145,15 +156,26 @@ impl Client {
                 .account
                 .used_bytes()
                 .saturating_sub(self.account.quota_bytes());
-            if self.core.evict(Whose::Client(&self.account), over) == 0 {
+            if self.core.evict(Whose::Client(&self.account, over)) == 0 {
                 break;
             }
         }
     }
 
+    /// What the client counts for when the store is full, in proportion to the others' weights.
+    #[must_use]
+    pub fn weight(&self) -> u32 {
+        self.account.weight()
+    }
+
+    /// Changes the weight: 0 to give way to everybody, [`crate::DEFAULT_WEIGHT`] is usual.
+    pub fn set_weight(&self, weight: u32) {
+        self.account.set_weight(weight);
+    }
+
     /// Evicts about so many bytes of this client's ephemeral pages; how many pages went.
     pub fn evict(&self, bytes: u64) -> u64 {
-        self.core.evict(Whose::Client(&self.account), bytes)
+        self.core.evict(Whose::Client(&self.account, bytes))
     }
 
     /// While frozen, every put is refused (and removes the older copy); gets and flushes go on.
@@ -197,45 +219,52 @@ impl Client {
                 Err(PoolError::Exists)
             };
         }
-        let (space, owner) = match spec.kind {
-            PoolKind::Persistent => (
-                self.new_space(Keeping::Persistent, self.account.clone())?,
-                0,
-            ),
-            PoolKind::PrivateEphemeral => {
-                (self.new_space(Keeping::Exclusive, self.account.clone())?, 0)
-            }
+        let space = match spec.kind {
+            PoolKind::Persistent => self.new_space(Keeping::Persistent)?,
+            PoolKind::PrivateEphemeral => self.new_space(Keeping::Exclusive)?,
             PoolKind::SharedEphemeral { uuid } => self.open_shared(uuid)?,
         };
-        let pool = Pool::new(self.core.clone(), spec, space, self.account.clone(), owner);
+        let record = PoolRecord::new(space.number, &spec).to_bytes();
+        let pool = Pool::new(self.core.clone(), spec, space, self.account.clone());
+        if self.core.write_entry(self.pool_key(id), &record).is_err() {
+            self.leave(&pool);
+            return Err(PoolError::NoSpace);
+        }
         let pages = pool.pages();
         pools.by_id.insert(id, Arc::new(pool));
         Ok(pages)
     }
 
-    fn new_space(&self, keeping: Keeping, payer: Arc<Account>) -> Result<Arc<Space>, PoolError> {
-        let space = Space::new(&self.core, keeping, payer);
-        let space = Arc::new(space.map_err(|_| PoolError::NoSpace)?);
-        if space.is_evictable() {
-            self.core.ephemeral.write().push(space.clone());
-        }
-        Ok(space)
+    fn pool_key(&self, id: PoolId) -> (Kind, u32, u32) {
+        (Kind::Pool, u32::from(self.account.number), id.0)
     }
 
-    /// The space of a shared pool, made if this is the first client to open it, and this
-    /// client's number in it.
-    fn open_shared(&self, uuid: [u8; 16]) -> Result<(Arc<Space>, u16), PoolError> {
+    /// A space of this client alone.
+    fn new_space(&self, keeping: Keeping) -> Result<Arc<Space>, PoolError> {
+        let (account, domain) = (self.account.clone(), self.domain.clone());
+        self.core
+            .new_space(keeping, [0; 16], account, Some(domain))
+            .map_err(|_| PoolError::NoSpace)
+    }
+
+    /// The space of a shared pool, made if this is the first client to open it.
+    fn open_shared(&self, uuid: [u8; 16]) -> Result<Arc<Space>, PoolError> {
         if !self.authorised.lock().contains(&uuid) {
             return Err(PoolError::Denied);
         }
-        let mut shared = self.core.shared.lock();
+        let core = &self.core;
+        let mut shared = core.shared.lock();
         if let Some(entry) = shared.get_mut(&uuid) {
-            let owner = entry.space.join(&self.account).ok_or(PoolError::NoSpace)?;
             entry.opened += 1;
-            return Ok((entry.space.clone(), owner));
+            return Ok(entry.space.clone());
         }
-        let space = self.new_space(Keeping::Shared, Arc::new(Account::new(None)))?;
-        let owner = space.join(&self.account).ok_or(PoolError::NoSpace)?;
+        let account = core.add_account(Holder::SharedPool, None, "", None);
+        let account = account.ok_or(PoolError::NoSpace)?;
+        let space = core.new_space(Keeping::Shared, uuid, account.clone(), None);
+        let space = space.map_err(|_| {
+            core.remove_account(&account);
+            PoolError::NoSpace
+        })?;
         shared.insert(
             uuid,
             SharedSpace {
@@ -243,7 +272,7 @@ impl Client {
                 opened: 1,
             },
         );
-        Ok((space, owner))
+        Ok(space)
     }
 
     /// Destroys a pool and all its pages; how many there were. Of a shared pool only the last
@@ -255,25 +284,30 @@ impl Client {
     /// When no pool has this id.
     pub fn destroy_pool(&self, id: PoolId) -> Result<u64, NoPool> {
         let pool = self.pools.write().by_id.remove(&id).ok_or(NoPool)?;
+        // From here on a store that is opened again does not know it.
+        self.core.erase_entry(&self.pool_key(id));
         Ok(self.leave(&pool))
     }
 
     fn leave(&self, pool: &Pool) -> u64 {
-        if let PoolKind::SharedEphemeral { uuid } = pool.spec().kind {
+        let space = pool.space();
+        if space.is_shared() {
             let mut shared = self.core.shared.lock();
-            if let Some(entry) = shared.get_mut(&uuid) {
+            if let Some(entry) = shared.get_mut(&space.uuid) {
                 entry.opened -= 1;
                 if entry.opened > 0 {
                     return 0;
                 }
-                shared.remove(&uuid);
+                shared.remove(&space.uuid);
             }
         }
-        if pool.space().is_evictable() {
-            let mut ephemeral = self.core.ephemeral.write();
-            ephemeral.retain(|space| !Arc::ptr_eq(space, pool.space()));
+        self.core.erase_entry(&(Kind::Space, space.number, 0));
+        let removed = space.destroy(&self.core);
+        if space.is_shared() {
+            self.core.remove_account(&space.payer);
+            self.core.sweep_accounts();
         }
-        pool.space().destroy(&self.core)
+        removed
     }
 
     /// The pool with this id.
@@ -296,14 +330,19 @@ impl Client {
     }
 
     /// The client's figures: what it did, and the pages that it put and that are there. Takes no
-    /// lock of the data path. `mem_limit` is the quota, 0 when there is none.
+    /// lock that puts or gets wait for. `mem_limit` is the quota, 0 when there is none.
     #[must_use]
     pub fn stats(&self) -> ClientStats {
         let account = &self.account;
         let quota = self.quota_bytes().unwrap_or(0);
-        account
-            .tally
-            .read(account.used_bytes(), quota, account.used_bytes_max())
+        let pools = self.pools();
+        let sum = pools
+            .iter()
+            .filter(|(_, pool)| !pool.space().is_shared())
+            .fold(account.tally.sum(), |sum, (_, pool)| {
+                sum.plus(&pool.space().tally.sum())
+            });
+        sum.read(account.used_bytes(), quota, account.used_bytes_max())
     }
 
     /// How close this client is to having its puts refused: 0 (far) to 1000 (all are refused). The
@@ -326,10 +365,29 @@ impl Client {
             pools.is_closed = true;
             std::mem::take(&mut pools.by_id)
         };
-        for pool in pools.into_values() {
+        for (id, pool) in pools {
+            self.core.erase_entry(&self.pool_key(id));
             self.leave(&pool);
         }
-        self.account.release(self.fixed_bytes());
-        self.core.budget.release(self.fixed_bytes());
+        let account = &self.account;
+        if Arc::ptr_eq(&self.domain.account, account) {
+            self.core.domains.write().remove(&account.number);
+            let freed = self.domain.images.lock().free_if_empty();
+            self.core.budget.release(freed);
+        }
+        // Pages of it may be left in shared pools: they stay, and with them the account.
+        let gone = AccountRecord {
+            holder: Holder::Gone,
+            group: None,
+            name: account.name.clone(),
+        };
+        if account.tally.pages() > 0 {
+            let key = (Kind::Account, u32::from(account.number), 0);
+            // Without room for the record a store that is opened again has a client of that name
+            // without pools, which the operator can remove once more.
+            let _ = self.core.write_entry(key, &gone.to_bytes());
+        }
+        account.is_closed.store(true, Relaxed);
+        self.core.sweep_accounts();
     }
 }

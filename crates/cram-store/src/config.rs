@@ -4,13 +4,14 @@
 
 use thiserror::Error;
 
-use crate::arena;
+use crate::arena::{ArenaError, Backing};
+use crate::catalogue::NAME_BYTES_MAX;
+use crate::maintain::Background;
 
 /// The least capacity that a store accepts, in bytes: below it the fixed structures would be most of it.
 pub const CAPACITY_BYTES_MIN: u64 = 256 << 10;
-/// The greatest capacity, in bytes: what 32-bit places in the arena reach, halved, so that an
-/// uneven spread over the banks never runs into that limit.
-pub const CAPACITY_BYTES_MAX: u64 = arena::REACH_BYTES / 2;
+/// The greatest capacity, in bytes: half of what 32-bit places reach in granules of 64 bytes.
+pub const CAPACITY_BYTES_MAX: u64 = 128 << 30;
 /// The most clients that one store serves; a bound on what the operator can ask for.
 pub const CLIENTS_MAX: u32 = 4096;
 /// The most pools that one client may have; a bound on what the operator can allow.
@@ -25,15 +26,26 @@ pub struct StoreConfig {
     pub max_clients: u32,
     /// How many pools each client may have; their ids are below this number.
     pub max_pools_per_client: u32,
+    /// Where the arena is: in memory that ends with the process, or in a file, in which a later
+    /// process finds all pages again.
+    pub backing: Backing,
+    /// What the store's background thread may do; `None`: there is none, and puts that find no room
+    /// make it by themselves.
+    pub background: Option<Background>,
+    /// Equal pages of a client are stored once.
+    pub share_equal_pages: bool,
 }
 
 impl Default for StoreConfig {
-    /// 1 GiB, 64 clients of 16 pools each.
+    /// 1 GiB in memory, 64 clients of 16 pools each, a background thread, equal pages stored once.
     fn default() -> Self {
         Self {
             capacity_bytes: 1 << 30,
             max_clients: 64,
             max_pools_per_client: 16,
+            backing: Backing::Memory,
+            background: Some(Background::default()),
+            share_equal_pages: true,
         }
     }
 }
@@ -66,7 +78,7 @@ impl StoreConfig {
 }
 
 /// Why a store, or a client of it, could not be made. Told to the operator, never to a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StoreError {
     /// The capacity is below [`CAPACITY_BYTES_MIN`].
@@ -104,6 +116,21 @@ pub enum StoreError {
     ClientExists {
         /// The name in question.
         name: String,
+    },
+    /// The name is empty or too long.
+    #[error("a name of {bytes} bytes is not possible: use 1 to {NAME_BYTES_MAX}")]
+    BadName {
+        /// How long it is.
+        bytes: usize,
+    },
+    /// The arena could not be opened.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// What the arena holds, and the index for it, does not fit into the capacity.
+    #[error("what is in the arena does not fit into a capacity of {capacity_bytes} bytes")]
+    DoesNotFit {
+        /// The capacity that was asked for, in bytes.
+        capacity_bytes: u64,
     },
     /// The store, or the quota given, has no room for the client's own structures.
     #[error("there is no room for another client")]

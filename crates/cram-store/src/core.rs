@@ -1,18 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What all clients of a store have in common: the budget, the arena, the
-//! store's counters, and the lists of ephemeral and of shared spaces.
+//! What all clients of a store have in common: the budget, the arena and its
+//! heads, the accounts, spaces, objects and domains, and the store's counters.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Mutex, RwLock};
-
-use crate::arena::Arena;
-use crate::budget::Budget;
-use crate::space::Space;
-use crate::stats::{StoreStats, Tally};
+use crate::account::{Account, Accounts, Holder};
+use crate::arena::{
+    Arena, Head, Header, Kind, Layout, PAYLOAD_BYTES_MAX, Place, Record, Role, SUPERBLOCK_BYTES,
+    Urgency,
+};
+use crate::budget::{Budget, Shortage};
+use crate::catalogue::{
+    AccountRecord, Catalogue, EntryKey, OBJECT_BYTES, SpaceRecord, object_to_bytes,
+};
+use crate::compact::Compactor;
+use crate::config::StoreConfig;
+use crate::domain::Domain;
+use crate::ghosts::Ghosts;
+use crate::maintain::Waker;
+use crate::objects::{Object, Objects};
+use crate::queue::{Class, Queue, Visit};
+use crate::space::{Keeping, Space};
+use crate::stats::{Sizes, StoreStats, Sum, Tally};
+use crate::sums::Sums;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use crate::sync::{Mutex, RwLock};
+use crate::twins::Twins;
 
 /// A shared space and how many pools are open on it.
 pub(crate) struct SharedSpace {
@@ -20,51 +35,164 @@ pub(crate) struct SharedSpace {
     pub(crate) opened: u32,
 }
 
+/// Where a record is appended.
+#[derive(Clone, Copy)]
+pub(crate) enum Target<'a> {
+    /// To a head of no order.
+    Log(&'a Head),
+    /// To the head of what was looked at for recompression.
+    Cold,
+    /// To the end of an account's queue.
+    Queue(&'a Queue, Class),
+    /// Into an account's queue, beside the span that it is moved out of.
+    Beside(&'a Queue, Class, Visit),
+}
+
 /// See the module's text.
 ///
-/// Lock order, outermost first: the store's clients, a client's pools, `shared`, `ephemeral`, a
-/// space's shard, a space's members, a bank of the arena. No two locks of one rank at a time.
+/// Lock order, outermost first: the store's clients, a client's pools, `shared`, the compactor, a
+/// space's shard, a domain's images, `objects`, `catalogue`, a head, a queue's order, the arena's
+/// list of free spans. `accounts`, `spaces` and `domains` are locked for a look only, inside any of
+/// them but the last three. No two locks of one rank at a time.
 pub(crate) struct Core {
-    pub(crate) budget: Budget,
+    pub(crate) budget: Arc<Budget>,
     pub(crate) arena: Arena,
-    pub(crate) tally: Tally,
-    pub(crate) shards_per_space: usize,
-    /// Blocks of pages that may be evicted, in bytes.
-    pub(crate) evictable_bytes: AtomicU64,
+    pub(crate) sums: Sums,
+    pub(crate) twins: Twins,
+    pub(crate) shares_equal_pages: bool,
+    ghosts: OnceLock<Option<Ghosts>>,
+    /// Where persistent pages and images come in.
+    pub(crate) heads: Box<[Head]>,
+    /// Where compaction puts them, by age: see [`Core::aged_head`].
+    pub(crate) aged: Box<[Head]>,
+    /// Where those go that were looked at for recompression.
+    pub(crate) cold: Head,
+    pub(crate) catalogue_head: Head,
+    pub(crate) accounts: Accounts,
+    pub(crate) spaces: RwLock<Vec<Option<Arc<Space>>>>,
+    pub(crate) domains: RwLock<HashMap<u16, Arc<Domain>>>,
+    pub(crate) objects: Objects,
+    pub(crate) catalogue: Mutex<Catalogue>,
     pub(crate) shared: Mutex<HashMap<[u8; 16], SharedSpace>>,
-    pub(crate) ephemeral: RwLock<Vec<Arc<Space>>>,
-    /// Counts puts into ephemeral spaces; leaves are stamped with it.
-    clock: AtomicU64,
+    pub(crate) compactor: Mutex<Compactor>,
+    /// What happened in accounts that are gone.
+    pub(crate) retired: Tally,
+    pub(crate) sizes: Sizes,
+    /// What ephemeral pages are billed, in bytes.
+    pub(crate) evictable_bytes: AtomicU64,
+    /// Bytes of the catalogue's records.
+    pub(crate) catalogue_bytes: AtomicU64,
+    /// Puts and gets so far: by it, maintenance sees whether the store is idle.
+    pub(crate) waker: Waker,
+    pub(crate) stripes: usize,
+    pub(crate) shards_per_space: usize,
     /// A put was refused for want of room, and nothing was freed since.
     is_full: AtomicBool,
 }
 
+/// How the arena of a store of this capacity is cut up: into 64 spans or more, of 16 KiB to 1 MiB,
+/// so that a small store does not strand a good part of itself in spans that are half full.
+pub(crate) fn layout_for(capacity_bytes: u64) -> Layout {
+    let span_shift = (capacity_bytes / 64).max(1).ilog2().clamp(14, 20);
+    let reach = |granule_shift: u32| 1_u64 << (u32::BITS + granule_shift);
+    let granule_shift = (4..6)
+        .find(|shift| capacity_bytes < reach(*shift) / 2)
+        .unwrap_or(6);
+    crate::arena::fitted(
+        Layout {
+            span_shift,
+            granule_shift,
+            spans: 2,
+        },
+        capacity_bytes,
+    )
+}
+
+fn twins_capacity(is_sharing: bool, capacity_bytes: u64) -> u64 {
+    if is_sharing { capacity_bytes } else { 0 }
+}
+
+/// Ages up to so many seconds go to one head of [`Core::aged`] each.
+const AGES: [u64; 3] = [60, 600, 3600];
+
 impl Core {
-    pub(crate) fn new(capacity_bytes: u64) -> Self {
+    /// A core over an arena. `None` when the capacity has no room for the fixed structures.
+    pub(crate) fn new(config: &StoreConfig, arena: Arena, budget: Arc<Budget>) -> Option<Self> {
+        let capacity_bytes = config.capacity_bytes;
+        // Not by the capacity, which may change when the arena is opened again: which shard an object
+        // has its number for must not.
+        let is_small = arena.layout().span_shift < 17;
+        let stripes = if is_small { 1 } else { 8 };
+        let spans = arena.layout().spans as usize;
+        let heads = (spans / 64).clamp(1, 8);
+        let aged = if spans < 256 { 1 } else { AGES.len() + 1 };
+        let pages_heads = |count: usize| (0..count).map(|_| Head::new(Role::Pages)).collect();
         let core = Self {
-            budget: Budget::new(capacity_bytes),
-            arena: Arena::new(capacity_bytes),
-            tally: Tally::default(),
-            shards_per_space: if capacity_bytes < 8 << 20 { 4 } else { 16 },
-            evictable_bytes: AtomicU64::new(0),
+            budget,
+            sums: Sums::new(&arena),
+            arena,
+            shares_equal_pages: config.share_equal_pages,
+            twins: Twins::new(twins_capacity(config.share_equal_pages, capacity_bytes)),
+            ghosts: OnceLock::new(),
+            heads: pages_heads(heads),
+            aged: pages_heads(aged),
+            cold: Head::new(Role::Pages),
+            catalogue_head: Head::new(Role::Catalogue),
+            accounts: Accounts::new(),
+            spaces: RwLock::default(),
+            domains: RwLock::default(),
+            objects: Objects::default(),
+            catalogue: Mutex::default(),
             shared: Mutex::default(),
-            ephemeral: RwLock::default(),
-            clock: AtomicU64::new(0),
+            compactor: Mutex::default(),
+            retired: Tally::new(1),
+            sizes: Sizes::new(stripes),
+            evictable_bytes: AtomicU64::new(0),
+            catalogue_bytes: AtomicU64::new(0),
+            waker: Waker::default(),
+            stripes,
+            shards_per_space: if is_small { 4 } else { 16 },
             is_full: AtomicBool::new(false),
         };
-        // Cannot fail: the least capacity allowed is many times that.
-        let _ = core.budget.reserve(core.fixed_bytes());
-        core
+        core.budget.reserve(core.fixed_bytes()).ok()?;
+        Some(core)
     }
 
     /// Bytes of a store without clients.
     pub(crate) fn fixed_bytes(&self) -> u64 {
-        size_of::<Self>() as u64 + self.arena.fixed_bytes() + 512
+        let heads = (self.heads.len() + self.aged.len()) * size_of::<Head>();
+        let ghosts = match self.ghosts.get() {
+            Some(Some(_)) => Ghosts::bytes(self.budget.capacity_bytes()),
+            _ => 0,
+        };
+        (size_of::<Self>() + heads + Sizes::bytes(self.stripes) + Tally::bytes(1) + 512) as u64
+            + self.arena.fixed_bytes()
+            + Twins::bytes(twins_capacity(
+                self.shares_equal_pages,
+                self.budget.capacity_bytes(),
+            ))
+            + SUPERBLOCK_BYTES
+            + ghosts
     }
 
-    /// The time for a page that comes in now.
-    pub(crate) fn tick(&self) -> u64 {
-        self.clock.fetch_add(1, Relaxed)
+    /// The memory of pages that are gone; made when first asked for, if there is room.
+    pub(crate) fn ghosts(&self) -> Option<&Ghosts> {
+        let made = self.ghosts.get_or_init(|| {
+            let capacity = self.budget.capacity_bytes();
+            self.budget.reserve(Ghosts::bytes(capacity)).ok()?;
+            Some(Ghosts::new(capacity))
+        });
+        made.as_ref()
+    }
+
+    /// To be called, with no lock held, after pages were taken out: gives spans back to the host when
+    /// too many are free, or has the background thread do so.
+    pub(crate) fn relieve(&self) {
+        let spans = self.arena.layout().spans as usize;
+        let spare = spans / 64 + 1;
+        if self.arena.spans().warm() > spare && !self.waker.call() {
+            self.arena.trim(spare);
+        }
     }
 
     pub(crate) fn note_full(&self) {
@@ -77,21 +205,345 @@ impl Core {
         }
     }
 
-    /// See [`crate::Store::pressure`].
-    pub(crate) fn pressure(&self) -> u32 {
-        if self.is_full.load(Relaxed) {
-            return PRESSURE_MAX;
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full.load(Relaxed)
+    }
+
+    /// What a record with so many bytes of payload takes in the arena.
+    pub(crate) fn record_bytes(&self, payload: usize) -> u64 {
+        self.arena.layout().record_bytes(payload)
+    }
+
+    /// The head for persistent pages that worker number `worker` puts.
+    pub(crate) fn put_head(&self, worker: usize) -> &Head {
+        &self.heads[worker % self.heads.len()]
+    }
+
+    /// The head for what compaction moves, by its age in seconds: pages of like age die together,
+    /// and cold ones are found together.
+    pub(crate) fn aged_head(&self, age_s: u64) -> &Head {
+        let class = AGES.iter().filter(|limit| age_s > **limit).count();
+        &self.aged[class.min(self.aged.len() - 1)]
+    }
+
+    /// Every head that no queue has.
+    pub(crate) fn log_heads(&self) -> impl Iterator<Item = &Head> {
+        self.heads
+            .iter()
+            .chain(&self.aged)
+            .chain([&self.cold, &self.catalogue_head])
+    }
+
+    /// Appends a record; see [`Arena::append`] for what that takes.
+    pub(crate) fn append(
+        &self,
+        target: Target<'_>,
+        record: Record<'_>,
+        born: Option<u64>,
+        urgency: Urgency,
+    ) -> Result<Place, Shortage> {
+        let arena = &self.arena;
+        let (head, opened): (&Head, &dyn Fn(u32)) = match target {
+            Target::Log(head) if std::ptr::eq(head, &self.catalogue_head) => (head, &|_| ()),
+            Target::Log(head) => (head, &|_| self.waker.wake()),
+            Target::Cold => (&self.cold, &move |span| {
+                arena.spans().settle(span, arena.spans().sequence(span));
+            }),
+            Target::Queue(queue, class) => (queue.head(class), &move |span| {
+                queue.push(class, span, arena);
+            }),
+            Target::Beside(queue, class, from) => (queue.merged(class), &move |span| {
+                queue.push_beside(class, from, span, arena);
+            }),
+        };
+        arena.append(head, record, born, urgency, opened)
+    }
+
+    /// Appends a record to the catalogue, `count` times.
+    fn write_copies(
+        &self,
+        (kind, number, index): EntryKey,
+        generation: u8,
+        payload: &[u8],
+        count: usize,
+    ) -> Result<[Option<Place>; 2], Shortage> {
+        debug_assert!(payload.len() <= PAYLOAD_BYTES_MAX);
+        let header = Header {
+            kind,
+            number,
+            index,
+            len: payload.len(),
+            is_zstd: false,
+            check: self.sums.check(self.sums.bytes(payload), number, index),
+            generation,
+            is_used: false,
+        };
+        let mut copies = [None; 2];
+        let mut missing = copies.iter_mut().take(count);
+        let written = missing.try_for_each(|copy| {
+            *copy = Some(self.append(
+                Target::Log(&self.catalogue_head),
+                Record { header, payload },
+                None,
+                Urgency::Normal,
+            )?);
+            self.catalogue_bytes
+                .fetch_add(self.record_bytes(payload.len()), Relaxed);
+            Ok(())
+        });
+        written
+            .inspect_err(|_| self.kill_copies(copies))
+            .map(|()| copies)
+    }
+
+    /// Declares records of the catalogue dead.
+    pub(crate) fn kill_copies(&self, copies: [Option<Place>; 2]) {
+        for place in copies.into_iter().flatten() {
+            if let Ok(header) = self.arena.kill(place) {
+                self.catalogue_bytes
+                    .fetch_sub(self.record_bytes(header.len), Relaxed);
+            }
         }
-        let free = self.arena.idle_bytes() + self.evictable_bytes.load(Relaxed);
-        let committed = self.budget.held_bytes().saturating_sub(free);
-        // What is above may be lost to chunks that cannot be filled to the last block.
-        let high = self.budget.arena_limit_bytes() - 2 * self.arena.chunk_held_bytes();
-        between(committed, low_watermark(self.budget.capacity_bytes()), high)
+    }
+
+    /// Writes an entry of the catalogue.
+    pub(crate) fn write_entry(&self, key: EntryKey, payload: &[u8]) -> Result<(), Shortage> {
+        let mut catalogue = self.catalogue.lock();
+        let old = catalogue.get(&key);
+        let known = old
+            .iter()
+            .flatten()
+            .find_map(|place| self.arena.header(*place).ok());
+        let generation = known.map_or(0, |header| header.generation.wrapping_add(1) & 3);
+        let copies = self.write_copies(key, generation, payload, 2)?;
+        catalogue.insert(key, copies);
+        self.kill_copies(old);
+        Ok(())
+    }
+
+    /// Takes an entry out of the catalogue.
+    pub(crate) fn erase_entry(&self, key: &EntryKey) {
+        let mut catalogue = self.catalogue.lock();
+        let copies = catalogue.remove(key);
+        self.kill_copies(copies);
+    }
+
+    /// Writes the records of an object.
+    pub(crate) fn write_object(
+        &self,
+        number: u32,
+        object: &Object,
+        is_evictable: bool,
+    ) -> Result<[Option<Place>; 2], Shortage> {
+        let payload: [u8; OBJECT_BYTES] = object_to_bytes(object);
+        let copies = if is_evictable { 1 } else { 2 };
+        self.write_copies((Kind::Object, number, 0), 0, &payload, copies)
+    }
+
+    pub(crate) fn space(&self, number: u32) -> Option<Arc<Space>> {
+        self.spaces.read().get(number as usize)?.clone()
+    }
+
+    /// Enters a space under the lowest number that is free.
+    pub(crate) fn add_space(
+        &self,
+        make: impl FnOnce(u32) -> Result<Arc<Space>, Shortage>,
+    ) -> Result<Arc<Space>, Shortage> {
+        let mut spaces = self.spaces.write();
+        let at = spaces
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(spaces.len());
+        let number = u32::try_from(at).map_err(|_| Shortage::Store)?;
+        let space = make(number)?;
+        match spaces.get_mut(at) {
+            Some(entry) => *entry = Some(space.clone()),
+            None => spaces.push(Some(space.clone())),
+        }
+        Ok(space)
+    }
+
+    /// At recovery: enters a space under its number.
+    pub(crate) fn adopt_space(&self, space: Arc<Space>) {
+        let mut spaces = self.spaces.write();
+        let at = space.number as usize;
+        if spaces.len() <= at {
+            spaces.resize(at + 1, None);
+        }
+        if let Some(entry) = spaces.get_mut(at) {
+            *entry = Some(space);
+        }
+    }
+
+    /// At recovery: a shared space that one pool is open on.
+    pub(crate) fn adopt_shared(&self, space: Arc<Space>) {
+        let uuid = space.uuid;
+        self.shared
+            .lock()
+            .insert(uuid, SharedSpace { space, opened: 1 });
+    }
+
+    pub(crate) fn remove_space(&self, number: u32) {
+        if let Some(entry) = self.spaces.write().get_mut(number as usize) {
+            *entry = None;
+        }
+    }
+
+    pub(crate) fn all_spaces(&self) -> Vec<Arc<Space>> {
+        self.spaces.read().iter().flatten().cloned().collect()
+    }
+
+    /// A new space, on record.
+    pub(crate) fn new_space(
+        &self,
+        keeping: Keeping,
+        uuid: [u8; 16],
+        payer: Arc<Account>,
+        domain: Option<Arc<Domain>>,
+    ) -> Result<Arc<Space>, Shortage> {
+        let record = SpaceRecord {
+            keeping,
+            account: payer.number,
+            uuid,
+        };
+        let space = self.add_space(|number| {
+            Space::new(self, number, keeping, uuid, payer, domain).map(Arc::new)
+        })?;
+        let key = (Kind::Space, space.number, 0);
+        self.write_entry(key, &record.to_bytes())
+            .inspect_err(|_| _ = space.destroy(self))?;
+        Ok(space)
+    }
+
+    /// A domain for one account alone.
+    pub(crate) fn own_domain(&self, account: &Arc<Account>) -> Arc<Domain> {
+        let domain = Arc::new(Domain::new(account.clone()));
+        self.domains.write().insert(account.number, domain.clone());
+        domain
+    }
+
+    pub(crate) fn domain(&self, number: u16) -> Option<Arc<Domain>> {
+        self.domains.read().get(&number).cloned()
+    }
+
+    /// Makes an account, charged and on record; `None` when there is no room.
+    pub(crate) fn add_account(
+        &self,
+        holder: Holder,
+        group: Option<u16>,
+        name: &str,
+        quota_bytes: Option<u64>,
+    ) -> Option<Arc<Account>> {
+        self.sweep_accounts();
+        let bytes = Account::fixed_bytes(name, self.stripes);
+        self.accounts.add(|number| {
+            let account = Account::new(number, holder, name, quota_bytes, self.stripes);
+            account.reserve(bytes).ok()?;
+            self.budget.reserve(bytes).ok()?;
+            let record = AccountRecord {
+                holder,
+                group,
+                name: name.to_owned(),
+            };
+            let key = (Kind::Account, u32::from(number), 0);
+            self.write_entry(key, &record.to_bytes())
+                .inspect_err(|_| self.budget.release(bytes))
+                .ok()?;
+            Some(Arc::new(account))
+        })
+    }
+
+    /// Forgets an account that nobody has any more.
+    pub(crate) fn remove_account(&self, account: &Account) {
+        let bytes = Account::fixed_bytes(&account.name, self.stripes);
+        self.erase_entry(&(Kind::Account, u32::from(account.number), 0));
+        for head in account.queue.heads() {
+            self.arena.seal_head(head);
+        }
+        self.retired.absorb(&account.tally.sum());
+        self.accounts.remove(account.number);
+        account.release(bytes);
+        self.budget.release(bytes);
+    }
+
+    /// Forgets removed clients whose last page in a shared pool is gone.
+    pub(crate) fn sweep_accounts(&self) {
+        for account in self.accounts.all() {
+            if account.is_closed.load(Relaxed) && account.tally.pages() == 0 {
+                self.remove_account(&account);
+            }
+        }
+    }
+
+    /// A page with this content and record came, or was moved.
+    pub(crate) fn note_twin(&self, domain: Option<&Domain>, header: &Header, place: Place) {
+        if let Some(domain) = domain
+            && self.shares_equal_pages
+            && is_comparable(header)
+        {
+            let content = self.sums.promised(header);
+            self.twins.insert(domain.number(), content, place);
+        }
+    }
+
+    /// The number of an alias's image. The record is alive, and stays so.
+    pub(crate) fn image_number(&self, place: Place, header: &Header) -> Option<u32> {
+        let pin = self.arena.pin(place);
+        crate::share::image_in(pin.payload(place, header))
+    }
+
+    /// An image lost one of the pages that need it.
+    pub(crate) fn drop_image_ref(&self, domain: &Domain, number: u32) {
+        let mut images = domain.images.lock();
+        let Some(place) = images.drop_ref(number) else {
+            return;
+        };
+        self.kill_image(domain, place);
+        self.budget.release(images.free_if_empty());
+    }
+
+    /// An image that no page needs any more. The lock of the domain's images is held.
+    pub(crate) fn kill_image(&self, domain: &Domain, place: Place) {
+        let Ok(header) = self.arena.header(place) else {
+            let _ = self.arena.kill(place);
+            return;
+        };
+        let _ = self.arena.kill(place);
+        self.count_image(domain, &header, false);
+        domain.account.release(self.record_bytes(header.len));
+    }
+
+    /// Counts an image that came or went.
+    pub(crate) fn count_image(&self, domain: &Domain, header: &Header, has_come: bool) {
+        let bytes = self.record_bytes(header.len);
+        let amounts = crate::stats::Amounts::of(header, bytes);
+        if has_come {
+            domain.account.tally.add(&amounts);
+            domain.account.image_bytes.fetch_add(bytes, Relaxed);
+            self.sizes.add(header.len);
+        } else {
+            domain.account.tally.sub(&amounts);
+            domain.account.image_bytes.fetch_sub(bytes, Relaxed);
+            self.sizes.sub(header.len);
+        }
+    }
+
+    /// Sum over everything that ever was in the store.
+    pub(crate) fn sum(&self) -> Sum {
+        let accounts = self.accounts.all();
+        let sum = accounts.iter().fold(self.retired.sum(), |sum, account| {
+            sum.plus(&account.tally.sum())
+        });
+        let spaces = self.all_spaces();
+        spaces
+            .iter()
+            .filter(|space| !space.is_shared())
+            .fold(sum, |sum, space| sum.plus(&space.tally.sum()))
     }
 
     pub(crate) fn stats(&self) -> StoreStats {
         let budget = &self.budget;
-        self.tally.read(
+        self.sum().read(
             budget.held_bytes(),
             budget.capacity_bytes(),
             budget.held_bytes_max(),
@@ -99,21 +551,9 @@ impl Core {
     }
 }
 
-/// The greatest pressure: nothing is accepted.
-pub(crate) const PRESSURE_MAX: u32 = 1000;
-
-/// Below this share of a limit there is no pressure at all.
-pub(crate) fn low_watermark(limit_bytes: u64) -> u64 {
-    limit_bytes / 4 * 3
-}
-
-/// Pressure on the way from the low watermark (0) to the high one (1000).
-pub(crate) fn between(bytes: u64, low: u64, high: u64) -> u32 {
-    let span = u128::from(high.saturating_sub(low).max(1));
-    let over = u128::from(bytes.saturating_sub(low));
-    u32::try_from(over * u128::from(PRESSURE_MAX) / span)
-        .unwrap_or(PRESSURE_MAX)
-        .min(PRESSURE_MAX)
+/// Whether equal records of this kind are worth looking for.
+fn is_comparable(header: &Header) -> bool {
+    matches!(header.kind, Kind::Page | Kind::Image) && !crate::codec::is_filled(header.len)
 }
 
 #[cfg(test)]
@@ -121,10 +561,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pressure_rises_between_the_watermarks() {
-        let at = [0, 750, 751, 875, 1000, u64::MAX].map(|bytes| between(bytes, 750, 1000));
-        assert_eq!(at, [0, 0, 4, 500, 1000, 1000]);
-        assert_eq!(between(1, 0, 0), 1000);
-        assert_eq!(between(0, 0, 0), 0);
+    fn layouts_suit_their_capacity() {
+        let of = |capacity: u64| {
+            let layout = layout_for(capacity);
+            assert!(layout.len_bytes() <= capacity + layout.span_bytes());
+            assert!(layout.len_bytes() >> layout.granule_shift <= 1 << 32);
+            (layout.span_bytes(), layout.granule_shift)
+        };
+        assert_eq!(of(256 << 10), (16 << 10, 4));
+        assert_eq!(of(4 << 20), (64 << 10, 4));
+        assert_eq!(of(1 << 30), (1 << 20, 4));
+        assert_eq!(of(31 << 30), (1 << 20, 4));
+        assert_eq!(of(60 << 30), (1 << 20, 5));
+        assert_eq!(of(128 << 30), (1 << 20, 6));
     }
 }

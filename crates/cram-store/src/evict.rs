@@ -1,95 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Eviction of ephemeral pages: of a client that is over its quota first, else
-//! the oldest; persistent pages never.
+//! Eviction of ephemeral pages: of a client that is over its quota first, then
+//! of the one that has most beyond its share; persistent pages never.
 //!
-//! Age is kept for leaves of 64 pages. The oldest leaf is looked at first, and
-//! of it those pages go that were not used since the leaf was last looked at;
-//! then it is the youngest. Which shard has the oldest leaf is read from
-//! numbers beside the locks, so choosing a victim stops nobody.
+//! Pages go span by span, the oldest first (see [`crate::queue`]): those that
+//! were used since the last look are moved to the proven ones, the others go. A
+//! span is walked without any lock; each page is taken out under its shard's.
 
 use std::sync::Arc;
 
-use crate::arena::cost_bytes;
-use crate::budget::Account;
-use crate::core::Core;
-use crate::index::{Slot, Wanted};
-use crate::space::{Keeping, Shard, Space};
+use crate::account::{Account, Holder};
+use crate::arena::{Found, Header, Kind, Place, Record, SpanInfo, Trust, Urgency};
+use crate::core::{Core, Target};
+use crate::index::Key;
+use crate::queue::{Class, Visit};
+use crate::space::Space;
+use crate::stats::Event;
+use crate::sync::atomic::Ordering::Relaxed;
 
-/// Leaves looked at in one call before pages in use go too: a put must not walk the whole store.
-const KIND_LEAVES: u32 = 256;
-/// Leaves looked at in one call, at the most.
-const LEAVES_MAX: u32 = 2048;
+/// Spans looked at in one call before pages in use go too: a put must not walk the whole store.
+const KIND_SPANS: u32 = 8;
+/// Spans looked at in one call, at the most.
+const SPANS_MAX: u32 = 64;
 
 /// Whose pages may go.
 #[derive(Clone, Copy)]
 pub(crate) enum Whose<'a> {
-    /// Anybody's.
+    /// Anybody's: to make room for a span.
     Any,
-    /// Only this client's.
-    Client(&'a Arc<Account>),
+    /// Only this client's, until that many bytes are off its bill.
+    Client(&'a Account, u64),
 }
 
-impl Core {
-    /// Evicts until about `bytes` were freed. How many pages went: 0 when none may be evicted.
-    ///
-    /// Takes the lists' and the shards' locks: call it with none of them held.
-    pub(crate) fn evict(&self, whose: Whose<'_>, bytes: u64) -> u64 {
-        let spaces = self.ephemeral.read();
-        let mut done = Evicted::default();
-        for round in 0..LEAVES_MAX {
-            if done.bytes >= bytes {
-                break;
-            }
-            let Some((space, shard)) = choose(&spaces, whose) else {
-                break;
-            };
-            self.evict_leaf(space, shard, whose, round >= KIND_LEAVES, bytes, &mut done);
-        }
-        done.pages
-    }
-
-    /// Looks at the oldest leaf of one shard.
-    fn evict_leaf(
-        &self,
-        space: &Space,
-        shard: &Shard,
-        whose: Whose<'_>,
-        is_forced: bool,
-        bytes: u64,
-        done: &mut Evicted,
-    ) {
-        let only = match whose {
-            Whose::Client(account) if space.keeping == Keeping::Shared => {
-                space.member_number(account)
-            }
-            _ => None,
-        };
-        let (so_far, now) = (std::cell::Cell::new(done.bytes), self.tick());
-        let mut pages = 0;
-        let mut index = shard.lock();
-        let is_wanted = |slot: &Slot| {
-            if so_far.get() >= bytes {
-                Wanted::Enough
-            } else if only.is_some_and(|owner| owner != slot.owner) {
-                Wanted::No
-            } else {
-                Wanted::Yes
-            }
-        };
-        index.evict_oldest(now, is_forced, space.ledger(self), is_wanted, |slot| {
-            so_far.set(so_far.get() + cost_bytes(slot.len()) + size_of::<Slot>() as u64);
-            pages += 1;
-            space.with_owner(slot.owner, |account| account.tally.evicted(1));
-            space.page_out(self, &slot);
-        });
-        shard.publish(&index);
-        drop(index);
-        space.tally.evicted(pages);
-        self.tally.evicted(pages);
-        done.bytes = so_far.get();
-        done.pages += pages;
-    }
+/// What to do with the pages of a span.
+struct Sweep<'a> {
+    /// Only pages of this account.
+    only: Option<u16>,
+    /// Pages in use go too.
+    is_forced: bool,
+    /// Enough is what was asked for, or else the whole span.
+    bytes: u64,
+    done: &'a mut Evicted,
 }
 
 #[derive(Default)]
@@ -98,23 +49,236 @@ struct Evicted {
     pages: u64,
 }
 
-/// The shard with the oldest leaf among those concerned.
-fn choose<'a>(spaces: &'a [Arc<Space>], whose: Whose<'_>) -> Option<(&'a Space, &'a Shard)> {
-    let oldest = |is_concerned: &dyn Fn(&Space) -> bool| {
-        spaces
+impl Core {
+    /// Evicts what `whose` says, as far as it may be. How many pages went.
+    ///
+    /// Takes the shards' locks: call it with none of them held.
+    pub(crate) fn evict(&self, whose: Whose<'_>) -> u64 {
+        let mut done = Evicted::default();
+        match whose {
+            Whose::Client(account, bytes) => {
+                self.evict_own(account, bytes, &mut done);
+                self.evict_shared(account, bytes, &mut done);
+            }
+            Whose::Any => {
+                for round in 0..SPANS_MAX {
+                    let Some(account) = self.victim().filter(|_| !self.has_span()) else {
+                        break;
+                    };
+                    let sweep = Sweep {
+                        only: None,
+                        is_forced: round >= KIND_SPANS,
+                        bytes: u64::MAX,
+                        done: &mut done,
+                    };
+                    if !self.evict_oldest(&account, sweep) {
+                        break;
+                    }
+                }
+            }
+        }
+        done.pages
+    }
+
+    /// From the client's own queue.
+    fn evict_own(&self, account: &Account, bytes: u64, done: &mut Evicted) {
+        // All of them, if need be: the operator may ask for any amount.
+        let mut round = 0;
+        while done.bytes < bytes {
+            let sweep = Sweep {
+                only: None,
+                is_forced: round >= KIND_SPANS,
+                bytes,
+                done,
+            };
+            if !self.evict_oldest(account, sweep) {
+                break;
+            }
+            round += 1;
+        }
+    }
+
+    /// What the client put into shared pools.
+    fn evict_shared(&self, account: &Account, bytes: u64, done: &mut Evicted) {
+        if account.evictable_bytes.load(Relaxed) == 0 {
+            return;
+        }
+        let shared = self.accounts.all();
+        let shared = shared
             .iter()
-            .filter(|space| is_concerned(space))
-            .flat_map(|space| space.shards().iter().map(move |shard| (&**space, shard)))
-            .filter(|(_, shard)| shard.oldest_stamp() != u64::MAX)
-            .min_by_key(|(_, shard)| shard.oldest_stamp())
-    };
-    let is_private = |space: &Space| space.keeping == Keeping::Exclusive;
-    match whose {
-        Whose::Any => oldest(&|space| is_private(space) && space.payer.is_over_quota())
-            .or_else(|| oldest(&|_| true)),
-        Whose::Client(account) => oldest(&|space| {
-            is_private(space) && Arc::ptr_eq(&space.payer, account)
-        })
-        .or_else(|| oldest(&|space| !is_private(space) && space.member_number(account).is_some())),
+            .filter(|account| account.holder == Holder::SharedPool);
+        for visit in shared.flat_map(|shared| shared.queue.all()) {
+            if done.bytes >= bytes {
+                break;
+            }
+            let Some(info) = visit.info(&self.arena) else {
+                continue;
+            };
+            let mut sweep = Sweep {
+                only: Some(account.number),
+                is_forced: true,
+                bytes,
+                done,
+            };
+            self.sweep(visit, &info, &mut sweep);
+        }
+    }
+
+    /// Who is to give pages up: who is over quota; else who uses most beyond a share by weight; else
+    /// who has the oldest page.
+    fn victim(&self) -> Option<Arc<Account>> {
+        let all = self.accounts.all();
+        let candidates: Vec<_> = all
+            .iter()
+            .filter_map(|account| Some((account.queue.age(&self.arena)?, account)))
+            .collect();
+        let over_quota = candidates
+            .iter()
+            .filter(|(_, account)| account.is_over_quota())
+            .min_by_key(|(age, _)| *age);
+        let shares = self.shares(&all);
+        let most = || {
+            candidates
+                .iter()
+                .map(|(_, account)| (shares.excess_bytes(account), account))
+                .filter(|(excess, _)| *excess > 0)
+                .max_by_key(|(excess, _)| *excess)
+                .map(|(_, account)| Arc::clone(account))
+        };
+        let oldest = || {
+            candidates
+                .iter()
+                .min_by_key(|(age, _)| *age)
+                .map(|(_, account)| Arc::clone(account))
+        };
+        over_quota
+            .map(|(_, account)| Arc::clone(account))
+            .or_else(most)
+            .or_else(oldest)
+    }
+
+    /// Evicts from an account's oldest span. False when it has none.
+    fn evict_oldest(&self, account: &Account, mut sweep: Sweep<'_>) -> bool {
+        let queue = &account.queue;
+        let Some((class, visit, info)) = queue.oldest(&self.arena) else {
+            return false;
+        };
+        if !info.is_sealed {
+            // Nothing else is left: what is being filled is the oldest.
+            for head in queue.heads() {
+                if head.open_span() == Some(visit.span) {
+                    self.arena.seal_head(head);
+                }
+            }
+        }
+        if self.sweep(visit, &info, &mut sweep) {
+            queue.remove(class, visit);
+        }
+        true
+    }
+
+    /// Evicts from one span until there is enough. True when the whole span was looked at.
+    fn sweep(&self, visit: Visit, info: &SpanInfo, sweep: &mut Sweep<'_>) -> bool {
+        let _pin = self.arena.pin(self.arena.layout().place(visit.span, 0));
+        let Some(now) = visit.info(&self.arena) else {
+            return true;
+        };
+        if !now.is_sealed && sweep.only.is_none() {
+            // Sealed a moment ago and opened anew cannot be, since the sequence number is the same:
+            // another thread is filling it.
+            return true;
+        }
+        let mut walk = self.arena.walk(visit.span, info.filled.max(now.filled));
+        while let Some(found) = walk.next() {
+            if found.trust == Trust::Nothing {
+                // Whose page it is cannot be relied on; the index still leads to it.
+                walk.verified(&found, false);
+                continue;
+            }
+            if found.is_live {
+                self.evict_record(&found, sweep);
+            }
+            if sweep.done.bytes >= sweep.bytes {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn evict_record(&self, found: &Found, sweep: &mut Sweep<'_>) {
+        if !matches!(found.header.kind, Kind::Page | Kind::Alias) {
+            return;
+        }
+        let Some(object) = self.objects.get(found.header.number) else {
+            return;
+        };
+        if sweep.only.is_some_and(|only| only != object.owner) {
+            return;
+        }
+        let Some(space) = self.space(object.space) else {
+            return;
+        };
+        let key = Key {
+            object: object.id,
+            index: found.header.index,
+        };
+        if !space.is_evictable() {
+            return;
+        }
+        let is_spared = found.header.is_used && !sweep.is_forced;
+        if is_spared && self.prove(&space, &key, found) {
+            return;
+        }
+        if !space.remove(self, &key, |place| place == found.place) {
+            return;
+        }
+        if let Some(ghosts) = self.ghosts() {
+            ghosts.remember(space.ghost_hash(&key));
+        }
+        space.tally.count(Event::Evicted, 1);
+        if space.is_shared() {
+            self.accounts
+                .with(object.owner, |owner| owner.tally.count(Event::Evicted, 1));
+        }
+        sweep.done.pages += 1;
+        sweep.done.bytes += space.bill_bytes(self, found.header.len);
+    }
+
+    /// Moves a page that was used to the proven ones. False when there is no room.
+    fn prove(&self, space: &Space, key: &Key, found: &Found) -> bool {
+        let header = Header {
+            is_used: false,
+            ..found.header
+        };
+        let target = Target::Queue(&space.payer.queue, Class::Proven);
+        self.move_page(space, key, found.place, header, target, None)
+            .is_ok()
+    }
+
+    /// Copies a page's record elsewhere, if it is still where it was found.
+    pub(crate) fn move_page(
+        &self,
+        space: &Space,
+        key: &Key,
+        from: Place,
+        header: Header,
+        target: Target<'_>,
+        born: Option<u64>,
+    ) -> Result<bool, crate::budget::Shortage> {
+        let pin = self.arena.pin(from);
+        let (shard, hash) = space.find(key.object, key.region());
+        let mut index = shard.lock();
+        if index.get(hash, key) != Some(from) {
+            return Ok(false);
+        }
+        let record = Record {
+            header,
+            payload: pin.payload(from, &header),
+        };
+        let to = self.append(target, record, born, Urgency::Making)?;
+        index.relocate(hash, key, from, to);
+        self.note_twin(space.domain.as_deref(), &header, to);
+        let _ = self.arena.kill(from);
+        Ok(true)
     }
 }

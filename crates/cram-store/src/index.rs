@@ -4,31 +4,30 @@
 //!
 //! Leaves of up to 64 consecutive pages stand in one dense table; a hash finds
 //! a leaf by object and region (page number / 64), another finds the first of
-//! an object's leaves. Leaves of an object are linked to each other, and in
-//! ephemeral pools all leaves are linked by age. So a page is found in one
-//! probe, a range costs the lesser of its width and what the object stores,
-//! and destroying costs what is destroyed.
+//! an object's leaves. Leaves of an object are linked to each other. So a page
+//! is found in one probe, a range costs the lesser of its width and what the
+//! object stores, and destroying costs what is destroyed.
 //!
-//! Every byte that the tables allocate is reserved with the [`Ledger`] before
+//! Every byte that the tables allocate is reserved with the [`Budget`] before
 //! it is allocated and released after it was freed; `bytes` is the sum.
 //!
-//! Invariants: each leaf is in `by_key` once, in its object's list once, and
-//! in the age list once (ephemeral pools) or never; an object without a leaf
-//! does not exist. [`Index::verify`] checks them all.
+//! Invariants: each leaf is in `by_key` once, and in its object's list once; a
+//! leaf without a page and an object without a leaf do not exist (but for the
+//! moment between [`Index::prepare`] and [`Index::enter`]).
+//! [`Index::verify`] checks them all.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
+use std::hash::{Hash, Hasher};
 
 use hashbrown::HashTable;
+use siphasher::sip::SipHasher13;
 
 use crate::ObjectId;
-use crate::budget::{Ledger, Shortage};
+use crate::arena::Place;
+use crate::budget::{Budget, Shortage};
 use crate::leaf::{Leaf, NONE, PAGES_PER_LEAF};
 use crate::tables::{
     grow_table, leaves_bytes, resize_leaves, resize_slots, shrink_table, table_bytes,
 };
-
-pub(crate) use crate::leaf::Slot;
 
 /// A page's name inside its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,64 +41,82 @@ impl Key {
         self.index / PAGES_PER_LEAF
     }
 
-    pub(crate) fn bit(&self) -> u32 {
+    fn bit(&self) -> u32 {
         self.index % PAGES_PER_LEAF
     }
 }
 
-/// Secretly keyed, since guests choose what is hashed.
-pub(crate) fn leaf_hash(keys: &RandomState, object: ObjectId, region: u32) -> u64 {
-    keys.hash_one((object, region))
+/// The keys of a hash function that guests, who choose what is hashed, cannot foresee (SipHash-1-3).
+/// They are the same whenever the arena is opened, since a page must come to the shard that its
+/// object has its number for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HashKeys(pub(crate) u64, pub(crate) u64);
+
+impl HashKeys {
+    pub(crate) fn hash_one(self, value: impl Hash) -> u64 {
+        let mut hasher = SipHasher13::new_with_keys(self.0, self.1);
+        value.hash(&mut hasher);
+        hasher.finish()
+    }
 }
 
-/// What eviction thinks of a page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wanted {
-    /// Evict it.
-    Yes,
-    /// Not this one.
-    No,
-    /// Not this one, nor any after it.
-    Enough,
+/// All at once: the hasher's way of taking one number after the other is slower than the hash.
+pub(crate) fn leaf_hash(keys: HashKeys, object: ObjectId, region: u32) -> u64 {
+    let mut bytes = [0; 32];
+    let words = object.0.into_iter().chain([u64::from(region)]);
+    for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+        *to = word.to_le_bytes();
+    }
+    SipHasher13::new_with_keys(keys.0, keys.1).hash(&bytes)
 }
 
-/// How many puts into ephemeral pools a leaf may be older than a page that comes into it, before
-/// the page is marked, so that the leaf's age does not count for it.
-const LEAF_AGE_MAX: u64 = 64;
+/// Gives objects their numbers in the arena, and takes them back. Called with the shard's lock held.
+pub(crate) trait Numbers {
+    /// A number for an object that has its first leaf in a shard now.
+    fn assign(&self, object: ObjectId) -> Result<u32, Shortage>;
+    /// The object has no leaf in that shard any more.
+    fn withdraw(&self, number: u32);
+}
 
-/// The first leaf of an object's list, and the list's length.
+/// The first leaf of an object's list, the list's length, and the object's number.
 #[derive(Debug)]
 struct Object {
     id: ObjectId,
     first: u32,
     leaves: u32,
+    number: u32,
+}
+
+/// Room made for a page: hand it to [`Index::enter`] or [`Index::cancel`], with the lock held.
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub(crate) struct Prepared {
+    leaf: u32,
+    bit: u32,
+    /// Number of the page's object.
+    pub(crate) number: u32,
+    /// Where the page is now, if it is there.
+    pub(crate) old: Option<Place>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Index {
-    keys: RandomState,
+    keys: HashKeys,
     leaves: Vec<Leaf>,
     by_key: HashTable<u32>,
     objects: HashTable<Object>,
-    is_aged: bool,
-    oldest: u32,
-    youngest: u32,
     /// Set when the pool is destroyed: nothing comes in any more.
     pub(crate) is_dead: bool,
     bytes: u64,
 }
 
 impl Index {
-    /// An empty index; `is_aged` when its pages may be evicted.
-    pub(crate) fn new(keys: RandomState, is_aged: bool) -> Self {
+    pub(crate) fn new(keys: HashKeys) -> Self {
         Self {
             keys,
             leaves: Vec::new(),
             by_key: HashTable::new(),
             objects: HashTable::new(),
-            is_aged,
-            oldest: NONE,
-            youngest: NONE,
             is_dead: false,
             bytes: 0,
         }
@@ -108,6 +125,11 @@ impl Index {
     /// Bytes that the tables have allocated.
     pub(crate) fn held_bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How many leaves and objects there are.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        (self.leaves.len(), self.objects.len())
     }
 
     fn leaf(&self, at: u32) -> Option<&Leaf> {
@@ -127,60 +149,58 @@ impl Index {
         self.by_key.find(hash, is_it).copied()
     }
 
-    pub(crate) fn get(&self, hash: u64, key: &Key) -> Option<Slot> {
+    pub(crate) fn get(&self, hash: u64, key: &Key) -> Option<Place> {
         let at = self.find(hash, key.object, key.region())?;
-        self.leaf(at)?.get(key.bit()).copied()
+        self.leaf(at)?.get(key.bit())
     }
 
-    /// Marks a page as used, which spares it when its leaf next comes up for eviction.
-    pub(crate) fn refresh(&mut self, hash: u64, key: &Key) {
+    /// The page has moved: it is at `to` if it was at `from`, and true is returned.
+    pub(crate) fn relocate(&mut self, hash: u64, key: &Key, from: Place, to: Place) -> bool {
         let at = self.find(hash, key.object, key.region());
-        if let Some(slot) = at
-            .and_then(|at| self.leaf_mut(at))
-            .and_then(|leaf| leaf.get_mut(key.bit()))
-        {
-            slot.set_refreshed(true);
+        match at.and_then(|at| self.leaf_mut(at)) {
+            Some(leaf) if leaf.get(key.bit()) == Some(from) => leaf.set(key.bit(), to).is_some(),
+            _ => false,
         }
     }
 
-    /// Flips a bit of a same-filled page's word, to show in tests that it is noticed.
-    #[cfg(any(test, feature = "fault-injection"))]
-    pub(crate) fn flip_word_bit(&mut self, hash: u64, key: &Key, bit: usize) -> bool {
-        let at = self.find(hash, key.object, key.region());
-        let slot = at
-            .and_then(|at| self.leaf_mut(at))
-            .and_then(|leaf| leaf.get_mut(key.bit()));
-        slot.map(|slot| slot.word ^= 1 << (bit % 64)).is_some()
-    }
-
-    /// Puts a page in and returns the one it replaces. `now` is the store's clock. On a shortage
-    /// no page has changed, and this one was not there: replacing needs no memory.
-    pub(crate) fn insert(
+    /// Makes room for a page. On a shortage nothing has changed.
+    pub(crate) fn prepare(
         &mut self,
         hash: u64,
         key: &Key,
-        mut slot: Slot,
-        now: u64,
-        ledger: Ledger<'_>,
-    ) -> Result<Option<Slot>, Shortage> {
+        numbers: &impl Numbers,
+        budget: &Budget,
+    ) -> Result<Prepared, Shortage> {
         let at = match self.find(hash, key.object, key.region()) {
             Some(at) => {
                 let leaf = self.leaves.get_mut(at as usize).ok_or(Shortage::Store)?;
                 if let Some(capacity) = leaf.growth(key.bit()) {
-                    resize_slots(leaf, capacity, &mut self.bytes, ledger)?;
+                    resize_slots(leaf, capacity, &mut self.bytes, budget)?;
                 }
-                // A leaf made long ago must not drag down a page that came just now.
-                slot.set_refreshed(self.is_aged && now.saturating_sub(leaf.stamp) > LEAF_AGE_MAX);
                 at
             }
-            None => self.add_leaf(hash, key, now, ledger).inspect_err(|_| {
-                // Tables that have grown for a leaf that did not come after all.
-                if self.leaves.is_empty() {
-                    self.shrink(ledger);
-                }
-            })?,
+            None => self
+                .add_leaf(hash, key, numbers, budget)
+                .inspect_err(|_| self.shrink_if_empty(budget))?,
         };
-        Ok(self.leaf_mut(at).and_then(|leaf| leaf.set(key.bit(), slot)))
+        let leaf = self.leaf(at).ok_or(Shortage::Store)?;
+        Ok(Prepared {
+            leaf: at,
+            bit: key.bit(),
+            number: leaf.number,
+            old: leaf.get(key.bit()),
+        })
+    }
+
+    /// Puts a page in and returns the one it replaces.
+    pub(crate) fn enter(&mut self, prepared: Prepared, place: Place) -> Option<Place> {
+        self.leaf_mut(prepared.leaf)
+            .and_then(|leaf| leaf.set(prepared.bit, place))
+    }
+
+    /// The page does not come after all.
+    pub(crate) fn cancel(&mut self, prepared: Prepared, numbers: &impl Numbers, budget: &Budget) {
+        self.tidy_leaf(prepared.leaf, numbers, budget);
     }
 
     /// Adds a leaf with room for a page, and links it. On a shortage no leaf was.
@@ -188,92 +208,117 @@ impl Index {
         &mut self,
         hash: u64,
         key: &Key,
-        now: u64,
-        ledger: Ledger<'_>,
+        numbers: &impl Numbers,
+        budget: &Budget,
     ) -> Result<u32, Shortage> {
         let at = u32::try_from(self.leaves.len())
             .ok()
             .filter(|at| *at != NONE);
         let at = at.ok_or(Shortage::Store)?;
         let (object, region) = (key.object, key.region());
+        self.make_room(budget)?;
+        let mut leaf = Leaf::new(object, region, 0);
+        resize_slots(&mut leaf, 1, &mut self.bytes, budget)?;
         let object_hash = self.keys.hash_one(object);
-        self.make_room(ledger)?;
-        let mut leaf = Leaf::new(object, region);
-        resize_slots(&mut leaf, 1, &mut self.bytes, ledger)?;
-        leaf.stamp = now;
-        self.leaves.push(leaf);
-        let leaves = &self.leaves;
-        let keys = &self.keys;
-        self.by_key
-            .insert_unique(hash, at, |at| hash_of_leaf(keys, leaves, *at));
-        let first = match self
+        let known = self
             .objects
-            .find_mut(object_hash, |entry| entry.id == object)
-        {
+            .find_mut(object_hash, |entry| entry.id == object);
+        let (number, first) = match known {
             Some(entry) => {
                 entry.leaves += 1;
-                std::mem::replace(&mut entry.first, at)
+                (entry.number, std::mem::replace(&mut entry.first, at))
             }
             None => {
+                let number = numbers.assign(object).inspect_err(|_| {
+                    let freed = leaf.held_bytes();
+                    self.bytes -= freed;
+                    budget.release(freed);
+                })?;
                 let entry = Object {
                     id: object,
                     first: at,
                     leaves: 1,
+                    number,
                 };
+                let keys = self.keys;
                 self.objects
                     .insert_unique(object_hash, entry, |entry| keys.hash_one(entry.id));
-                NONE
+                (number, NONE)
             }
         };
-        if let Some(leaf) = self.leaf_mut(at) {
-            leaf.sibling_next = first;
-        }
+        leaf.number = number;
+        leaf.sibling_next = first;
+        self.leaves.push(leaf);
+        let (leaves, keys) = (&self.leaves, self.keys);
+        self.by_key
+            .insert_unique(hash, at, |at| hash_of_leaf(keys, leaves, *at));
         if let Some(first) = self.leaf_mut(first) {
             first.sibling_prev = at;
         }
-        self.age_append(at);
         Ok(at)
     }
 
     /// Room for one more leaf and object in all three tables.
-    fn make_room(&mut self, ledger: Ledger<'_>) -> Result<(), Shortage> {
+    fn make_room(&mut self, budget: &Budget) -> Result<(), Shortage> {
         if self.leaves.len() == self.leaves.capacity() {
-            resize_leaves(&mut self.leaves, &mut self.bytes, ledger)?;
+            resize_leaves(&mut self.leaves, &mut self.bytes, budget)?;
         }
-        let (leaves, keys) = (&self.leaves, &self.keys);
-        grow_table(&mut self.by_key, &mut self.bytes, ledger, |at| {
+        let (leaves, keys) = (&self.leaves, self.keys);
+        grow_table(&mut self.by_key, &mut self.bytes, budget, |at| {
             hash_of_leaf(keys, leaves, *at)
         })?;
-        grow_table(&mut self.objects, &mut self.bytes, ledger, |entry| {
+        grow_table(&mut self.objects, &mut self.bytes, budget, |entry| {
             keys.hash_one(entry.id)
         })
     }
 
-    /// Takes a page out.
-    pub(crate) fn remove(&mut self, hash: u64, key: &Key, ledger: Ledger<'_>) -> Option<Slot> {
-        let at = self.find(hash, key.object, key.region())?;
-        let slot = self.leaf_mut(at)?.remove(key.bit())?;
-        self.tidy_leaf(at, ledger);
-        Some(slot)
+    /// Takes a page out, if `is_it` is true of where it is, and hands that to `gone` (before its
+    /// object's number may be withdrawn). Whether it was there.
+    pub(crate) fn remove(
+        &mut self,
+        hash: u64,
+        key: &Key,
+        numbers: &impl Numbers,
+        budget: &Budget,
+        is_it: impl FnOnce(Place) -> bool,
+        gone: impl FnOnce(Place),
+    ) -> bool {
+        let Some(at) = self.find(hash, key.object, key.region()) else {
+            return false;
+        };
+        let removed = self
+            .leaf_mut(at)
+            .filter(|leaf| leaf.get(key.bit()).is_some_and(is_it))
+            .and_then(|leaf| leaf.remove(key.bit()));
+        let was_there = removed.is_some();
+        if let Some(place) = removed {
+            gone(place);
+            self.tidy_leaf(at, numbers, budget);
+        }
+        was_there
     }
 
     /// Takes out the pages of one leaf whose bits are set in `mask`, handing each to `gone`.
     pub(crate) fn remove_masked(
         &mut self,
         hash: u64,
-        object: ObjectId,
-        region: u32,
-        mask: u64,
-        ledger: Ledger<'_>,
-        gone: impl FnMut(Slot),
+        (object, region, mask): (ObjectId, u32, u64),
+        numbers: &impl Numbers,
+        budget: &Budget,
+        gone: impl FnMut(Place),
     ) {
         if let Some(at) = self.find(hash, object, region) {
-            self.strip_leaf(at, mask, ledger, gone);
+            self.strip_leaf(at, mask, numbers, budget, gone);
         }
     }
 
     /// Takes out one whole leaf, any; false when there is none left.
-    pub(crate) fn remove_last(&mut self, ledger: Ledger<'_>, gone: impl FnMut(Slot)) -> bool {
+    pub(crate) fn remove_last(
+        &mut self,
+        numbers: &impl Numbers,
+        budget: &Budget,
+        gone: impl FnMut(Place),
+    ) -> bool {
         let Some(at) = self
             .leaves
             .len()
@@ -282,11 +327,18 @@ impl Index {
         else {
             return false;
         };
-        self.strip_leaf(at, u64::MAX, ledger, gone);
+        self.strip_leaf(at, u64::MAX, numbers, budget, gone);
         true
     }
 
-    fn strip_leaf(&mut self, at: u32, mask: u64, ledger: Ledger<'_>, mut gone: impl FnMut(Slot)) {
+    fn strip_leaf(
+        &mut self,
+        at: u32,
+        mask: u64,
+        numbers: &impl Numbers,
+        budget: &Budget,
+        mut gone: impl FnMut(Place),
+    ) {
         let Some(leaf) = self.leaf_mut(at) else {
             return;
         };
@@ -295,11 +347,11 @@ impl Index {
             // From the top down, so that nothing has to be moved when all go.
             let bit = left.ilog2();
             left &= !(1 << bit);
-            if let Some(slot) = leaf.remove(bit) {
-                gone(slot);
+            if let Some(place) = leaf.remove(bit) {
+                gone(place);
             }
         }
-        self.tidy_leaf(at, ledger);
+        self.tidy_leaf(at, numbers, budget);
     }
 
     /// How many leaves of an object are in this shard.
@@ -323,76 +375,23 @@ impl Index {
         }
     }
 
-    /// When the oldest leaf was made; `u64::MAX` when there is none or nothing may be evicted.
-    pub(crate) fn oldest_stamp(&self) -> u64 {
-        self.leaf(self.oldest).map_or(u64::MAX, |leaf| leaf.stamp)
-    }
-
-    /// Looks at the oldest leaf for pages to evict: those that `is_wanted` (asked in the order of
-    /// the page numbers) and that were not used since the last time, unless `is_forced`. They are
-    /// handed to `gone`. What is left of the leaf becomes the youngest, at time `now`, once all of
-    /// it was looked at. False when there is no leaf.
-    pub(crate) fn evict_oldest(
-        &mut self,
-        now: u64,
-        is_forced: bool,
-        ledger: Ledger<'_>,
-        mut is_wanted: impl FnMut(&Slot) -> Wanted,
-        mut gone: impl FnMut(Slot),
-    ) -> bool {
-        let at = self.oldest;
-        let Some(leaf) = self.leaf_mut(at) else {
-            return false;
-        };
-        let mut left = leaf.present();
-        let mut is_done = true;
-        while left != 0 {
-            let bit = left.trailing_zeros();
-            left &= left - 1;
-            let Some(slot) = leaf.get_mut(bit) else {
-                continue;
-            };
-            match is_wanted(slot) {
-                Wanted::Enough => {
-                    is_done = false;
-                    break;
-                }
-                Wanted::No => (),
-                Wanted::Yes if slot.is_refreshed() && !is_forced => slot.set_refreshed(false),
-                Wanted::Yes => {
-                    if let Some(slot) = leaf.remove(bit) {
-                        gone(slot);
-                    }
-                }
-            }
-        }
-        if is_done && leaf.present() != 0 {
-            leaf.stamp = now;
-            self.age_unlink(at);
-            self.age_append(at);
-        }
-        self.tidy_leaf(at, ledger);
-        true
-    }
-
     /// After removals: the leaf shrinks, or goes when it is empty.
-    fn tidy_leaf(&mut self, at: u32, ledger: Ledger<'_>) {
+    fn tidy_leaf(&mut self, at: u32, numbers: &impl Numbers, budget: &Budget) {
         let Some(leaf) = self.leaves.get_mut(at as usize) else {
             return;
         };
         if leaf.present() == 0 {
-            self.drop_leaf(at, ledger);
+            self.drop_leaf(at, numbers, budget);
         } else if let Some(capacity) = leaf.shrinkage() {
             // Needs the smaller table beside the larger one; without room it just stays wide.
-            let _ = resize_slots(leaf, capacity, &mut self.bytes, ledger);
+            let _ = resize_slots(leaf, capacity, &mut self.bytes, budget);
         }
     }
 
-    fn drop_leaf(&mut self, at: u32, ledger: Ledger<'_>) {
-        self.age_unlink(at);
-        self.sibling_unlink(at);
+    fn drop_leaf(&mut self, at: u32, numbers: &impl Numbers, budget: &Budget) {
+        self.sibling_unlink(at, numbers);
         let Some(leaf) = self.leaf(at) else { return };
-        let hash = leaf_hash(&self.keys, leaf.object, leaf.region);
+        let hash = leaf_hash(self.keys, leaf.object, leaf.region);
         if let Ok(entry) = self.by_key.find_entry(hash, |entry| *entry == at) {
             entry.remove();
         }
@@ -400,9 +399,9 @@ impl Index {
         let freed = leaf.held_bytes();
         drop(leaf);
         self.bytes -= freed;
-        ledger.release(freed);
+        budget.release(freed);
         self.follow_moved(at);
-        self.shrink(ledger);
+        self.shrink(budget);
     }
 
     /// The last leaf has taken the place `at` of one that went: whatever pointed to it follows.
@@ -414,28 +413,17 @@ impl Index {
             return;
         };
         let Some(leaf) = self.leaf(at) else { return };
-        let (object, hash) = (leaf.object, leaf_hash(&self.keys, leaf.object, leaf.region));
-        let siblings = (leaf.sibling_prev, leaf.sibling_next);
-        let ages = (leaf.age_prev, leaf.age_next);
+        let (object, hash) = (leaf.object, leaf_hash(self.keys, leaf.object, leaf.region));
+        let (prev, next) = (leaf.sibling_prev, leaf.sibling_next);
         if let Some(entry) = self.by_key.find_mut(hash, |entry| *entry == old_at) {
             *entry = at;
         }
-        match self.leaf_mut(siblings.0) {
+        match self.leaf_mut(prev) {
             Some(prev) => prev.sibling_next = at,
             None => self.set_first_sibling(object, at),
         }
-        if let Some(next) = self.leaf_mut(siblings.1) {
+        if let Some(next) = self.leaf_mut(next) {
             next.sibling_prev = at;
-        }
-        if self.is_aged {
-            match self.leaf_mut(ages.0) {
-                Some(prev) => prev.age_next = at,
-                None => self.oldest = at,
-            }
-            match self.leaf_mut(ages.1) {
-                Some(next) => next.age_prev = at,
-                None => self.youngest = at,
-            }
         }
     }
 
@@ -446,14 +434,15 @@ impl Index {
         }
     }
 
-    fn sibling_unlink(&mut self, at: u32) {
+    fn sibling_unlink(&mut self, at: u32, numbers: &impl Numbers) {
         let Some(leaf) = self.leaf(at) else { return };
         let (object, prev, next) = (leaf.object, leaf.sibling_prev, leaf.sibling_next);
         let hash = self.keys.hash_one(object);
         if let Ok(mut entry) = self.objects.find_entry(hash, |entry| entry.id == object) {
             entry.get_mut().leaves -= 1;
             if entry.get().leaves == 0 {
-                entry.remove();
+                let (gone, _) = entry.remove();
+                numbers.withdraw(gone.number);
             } else if prev == NONE {
                 entry.get_mut().first = next;
             }
@@ -466,75 +455,52 @@ impl Index {
         }
     }
 
-    fn age_append(&mut self, at: u32) {
-        if !self.is_aged {
-            return;
-        }
-        let youngest = std::mem::replace(&mut self.youngest, at);
-        // Two threads may have read the clock in one order and come here in the other.
-        let stamp = self.leaf(youngest).map_or(0, |leaf| leaf.stamp);
-        if let Some(leaf) = self.leaf_mut(at) {
-            (leaf.age_prev, leaf.age_next) = (youngest, NONE);
-            leaf.stamp = leaf.stamp.max(stamp);
-        }
-        match self.leaf_mut(youngest) {
-            Some(youngest) => youngest.age_next = at,
-            None => self.oldest = at,
-        }
-    }
-
-    fn age_unlink(&mut self, at: u32) {
-        let Some(leaf) = self.leaf(at).filter(|_| self.is_aged) else {
-            return;
-        };
-        let (prev, next) = (leaf.age_prev, leaf.age_next);
-        match self.leaf_mut(prev) {
-            Some(prev) => prev.age_next = next,
-            None => self.oldest = next,
-        }
-        match self.leaf_mut(next) {
-            Some(next) => next.age_prev = prev,
-            None => self.youngest = prev,
-        }
-    }
-
-    /// Tables that have become far too wide are made smaller, and freed when the index is empty.
-    fn shrink(&mut self, ledger: Ledger<'_>) {
+    /// Tables that have grown for a leaf that did not come after all.
+    fn shrink_if_empty(&mut self, budget: &Budget) {
         if self.leaves.is_empty() {
-            let freed = leaves_bytes(self.leaves.capacity())
-                + table_bytes(&self.by_key)
-                + table_bytes(&self.objects);
+            self.shrink(budget);
+        }
+    }
+
+    /// Gives memory back when most of it is unused, and all of it when nothing is left.
+    fn shrink(&mut self, budget: &Budget) {
+        if self.leaves.is_empty() {
+            let freed = self.bytes;
             self.leaves = Vec::new();
             self.by_key = HashTable::new();
             self.objects = HashTable::new();
-            self.bytes -= freed;
-            ledger.release(freed);
+            self.bytes = 0;
+            budget.release(freed);
             return;
         }
-        if self.leaves.capacity() > 16 && self.leaves.len() < self.leaves.capacity() / 4 {
-            // As with a leaf: without room for the copy it stays wide.
-            let _ = resize_leaves(&mut self.leaves, &mut self.bytes, ledger);
+        if self.leaves.capacity() >= 64 && self.leaves.len() < self.leaves.capacity() / 4 {
+            let _ = resize_leaves(&mut self.leaves, &mut self.bytes, budget);
         }
-        let (leaves, keys) = (&self.leaves, &self.keys);
-        shrink_table(&mut self.by_key, &mut self.bytes, ledger, |at| {
+        let (leaves, keys) = (&self.leaves, self.keys);
+        shrink_table(&mut self.by_key, &mut self.bytes, budget, |at| {
             hash_of_leaf(keys, leaves, *at)
         });
-        shrink_table(&mut self.objects, &mut self.bytes, ledger, |entry| {
+        shrink_table(&mut self.objects, &mut self.bytes, budget, |entry| {
             keys.hash_one(entry.id)
         });
     }
 
-    /// Every page, for checks.
-    pub(crate) fn pages(&self) -> impl Iterator<Item = (Key, &Slot)> {
+    /// Every page with the number of its leaf's object, for checks.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = (Key, u32, Place)> {
         self.leaves.iter().flat_map(|leaf| {
             (0..PAGES_PER_LEAF).filter_map(|bit| {
                 let key = Key {
                     object: leaf.object,
                     index: leaf.region * PAGES_PER_LEAF + bit,
                 };
-                leaf.get(bit).map(|slot| (key, slot))
+                leaf.get(bit).map(|place| (key, leaf.number, place))
             })
         })
+    }
+
+    /// Every object's number, for checks.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = (ObjectId, u32)> {
+        self.objects.iter().map(|entry| (entry.id, entry.number))
     }
 
     /// Checks all invariants that the module's text names.
@@ -544,7 +510,7 @@ impl Index {
             + table_bytes(&self.objects);
         for (at, leaf) in (0_u32..).zip(&self.leaves) {
             bytes += leaf.held_bytes();
-            let hash = leaf_hash(&self.keys, leaf.object, leaf.region);
+            let hash = leaf_hash(self.keys, leaf.object, leaf.region);
             if self.find(hash, leaf.object, leaf.region) != Some(at) {
                 return Err(format!("leaf {at} is not found by its key"));
             }
@@ -565,45 +531,39 @@ impl Index {
                 self.leaves.len()
             ));
         }
-        let mut linked = 0;
-        for entry in &self.objects {
-            let mut regions = Vec::new();
-            self.regions_of(entry.id, 0, u32::MAX, &mut regions);
-            if regions.is_empty() || regions.len() != entry.leaves as usize {
-                return Err(format!("{:?} counts its leaves wrong", entry.id));
-            }
-            linked += regions.len();
-        }
-        if linked != self.leaves.len() {
-            return Err(format!(
-                "{linked} leaves in the objects' lists of {}",
-                self.leaves.len()
-            ));
-        }
-        self.verify_ages()
+        self.verify_objects()
     }
 
-    fn verify_ages(&self) -> Result<(), String> {
-        let (mut at, mut prev, mut aged, mut stamp) = (self.oldest, NONE, 0, 0);
-        while let Some(leaf) = self.leaf(at) {
-            if leaf.age_prev != prev || aged >= self.leaves.len() {
-                return Err(format!("the age list is broken at leaf {at}"));
+    fn verify_objects(&self) -> Result<(), String> {
+        let mut linked = 0;
+        for entry in &self.objects {
+            let (mut at, mut prev, mut leaves) = (entry.first, NONE, 0);
+            while let Some(leaf) = self.leaf(at) {
+                let is_right = leaf.object == entry.id
+                    && leaf.number == entry.number
+                    && leaf.sibling_prev == prev;
+                if !is_right || leaves > entry.leaves {
+                    return Err(format!("leaf {at} is wrongly linked"));
+                }
+                (prev, at, leaves) = (at, leaf.sibling_next, leaves + 1);
             }
-            if leaf.stamp < stamp {
-                return Err(format!("leaf {at} is older than the one before it"));
+            if leaves == 0 || leaves != entry.leaves {
+                return Err(format!("{:?} counts its leaves wrong", entry.id));
             }
-            (prev, at, stamp) = (at, leaf.age_next, leaf.stamp);
-            aged += 1;
+            linked += leaves as usize;
         }
-        let expected = if self.is_aged { self.leaves.len() } else { 0 };
-        if aged != expected || self.youngest != prev {
-            return Err(format!("{aged} leaves in the age list of {expected}"));
+        if linked == self.leaves.len() {
+            Ok(())
+        } else {
+            Err(format!(
+                "{linked} leaves in the objects' lists of {}",
+                self.leaves.len()
+            ))
         }
-        Ok(())
     }
 }
 
-fn hash_of_leaf(keys: &RandomState, leaves: &[Leaf], at: u32) -> u64 {
+fn hash_of_leaf(keys: HashKeys, leaves: &[Leaf], at: u32) -> u64 {
     leaves
         .get(at as usize)
         .map_or(0, |leaf| leaf_hash(keys, leaf.object, leaf.region))

@@ -15,10 +15,11 @@
 //! - The memory held, metadata included, never exceeds the capacity, and a
 //!   client's never exceeds its quota.
 //! - Persistent pages are never evicted.
+//! - With its arena in a file, every page that was acknowledged is there again
+//!   when the process was killed and another one opens the file; and none that
+//!   was overwritten or flushed.
 //!
-//! What it does not do yet: survive its process, compact its chunks, recompress
-//! cold pages, or store identical pages once. `docs/store.md` describes the
-//! inside.
+//! `docs/store.md` describes the inside, `docs/performance.md` what it costs.
 //!
 //! ```
 //! use cram_store::*;
@@ -35,34 +36,54 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod account;
 mod arena;
 mod budget;
+mod catalogue;
 mod check;
-mod chunk;
 mod client;
 mod codec;
+mod compact;
 mod config;
 mod core;
+mod domain;
 mod evict;
+mod ghosts;
 mod index;
 mod leaf;
+mod maintain;
+mod objects;
+mod policy;
 mod pool;
+mod prefetch;
+mod queue;
+mod recompress;
+mod recover;
+mod share;
 mod space;
 mod stats;
 mod store;
+mod sums;
+mod sync;
 mod tables;
+mod twins;
 
+pub use account::DEFAULT_WEIGHT;
+pub use arena::{ArenaError, Backing, FORMAT_VERSION};
 pub use client::{Client, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
 pub use codec::Scratch;
 pub use config::{
     CAPACITY_BYTES_MAX, CAPACITY_BYTES_MIN, CLIENTS_MAX, POOLS_PER_CLIENT_MAX, StoreConfig,
     StoreError,
 };
+pub use maintain::Background;
+pub use policy::ReclaimTarget;
 pub use pool::{GetResult, Pool, PutResult};
+pub use recover::Recovery;
 pub use stats::{ClientStats, PoolStats, Refusal, Stats, StoreStats};
-pub use store::Store;
+pub use store::{AgeBytes, Store};
 
 /// Bytes of a page.
 pub const PAGE_SIZE: usize = 4096;

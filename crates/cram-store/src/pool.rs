@@ -4,15 +4,15 @@
 
 use std::sync::Arc;
 
-use crate::arena::cost_bytes;
-use crate::budget::{Account, Shortage};
+use crate::account::Account;
+use crate::arena::{Header, Kind, Pin, Place};
 use crate::client::PoolSpec;
-use crate::codec::{Image, Scratch, fill};
+use crate::codec::{Scratch, filled_payload, filled_with, filled_word};
 use crate::core::Core;
 use crate::evict::Whose;
-use crate::index::{Key, Slot};
-use crate::space::{Keeping, Space};
-use crate::stats::{PoolStats, Refusal, Tally};
+use crate::index::Key;
+use crate::space::{Incoming, Keeping, Obstacle, Space};
+use crate::stats::{Event, PoolStats, Refusal};
 use crate::{ObjectId, PAGE_SIZE, Page};
 
 /// What became of a put.
@@ -43,14 +43,6 @@ const PUT_TRIES: u32 = 8;
 /// How often an exclusive get starts again when the page changed while it was unpacked.
 const GET_TRIES: u32 = 16;
 
-/// What stood in the way of storing a page.
-enum Obstacle {
-    Quota,
-    Blocks,
-    Index,
-    PoolGone,
-}
-
 /// One client's pool. Made by [`crate::Client::new_pool`]; a handle outlives the pool's
 /// destruction, and then refuses every put and finds nothing.
 ///
@@ -61,7 +53,6 @@ pub struct Pool {
     spec: PoolSpec,
     space: Arc<Space>,
     account: Arc<Account>,
-    owner: u16,
 }
 
 impl std::fmt::Debug for Pool {
@@ -72,20 +63,35 @@ impl std::fmt::Debug for Pool {
     }
 }
 
+/// A page that was found, pinned where it is.
+struct Held<'a> {
+    place: Place,
+    pin: Pin<'a>,
+    header: Header,
+    /// Of a page that has its bytes from an image: the image.
+    image: Option<(Place, Pin<'a>, Header)>,
+}
+
+/// What the index led to.
+enum Lookup<'a> {
+    Missing,
+    /// The record, or the image that it needs, is damaged beyond repair.
+    Damaged,
+    Held(Held<'a>),
+}
+
 impl Pool {
     pub(crate) fn new(
         core: Arc<Core>,
         spec: PoolSpec,
         space: Arc<Space>,
         account: Arc<Account>,
-        owner: u16,
     ) -> Self {
         Self {
             core,
             spec,
             space,
             account,
-            owner,
         }
     }
 
@@ -102,7 +108,7 @@ impl Pool {
     /// How many pages are in the pool; in a shared pool those of all clients.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.space.tally.pages_stored()
+        self.space.tally.pages()
     }
 
     /// The pool's figures; in a shared pool those of all clients. Takes no lock.
@@ -111,10 +117,15 @@ impl Pool {
         self.space.stats(&self.core)
     }
 
-    fn count(&self, event: impl Fn(&Tally)) {
-        [&self.space.tally, &self.account.tally, &self.core.tally]
-            .into_iter()
-            .for_each(event);
+    fn count(&self, event: Event) {
+        self.count_times(event, 1);
+    }
+
+    fn count_times(&self, event: Event, times: u64) {
+        self.space.tally.count(event, times);
+        if self.space.is_shared() {
+            self.account.tally.count(event, times);
+        }
     }
 
     /// Puts a page. Whatever comes of it, an older copy is never seen again.
@@ -126,12 +137,12 @@ impl Pool {
         scratch: &mut Scratch,
     ) -> PutResult {
         let key = Key { object, index };
-        self.count(Tally::put);
+        self.count(Event::Put);
         match self.try_put(&key, page, scratch) {
             Ok(()) => PutResult::Stored,
             Err(why) => {
-                self.space.remove(&self.core, &key);
-                self.count(|tally| tally.refused(why));
+                self.space.remove(&self.core, &key, |_| true);
+                self.count(why.into());
                 PutResult::Refused(why)
             }
         }
@@ -141,38 +152,75 @@ impl Pool {
         if self.account.is_frozen() {
             return Err(Refusal::Frozen);
         }
-        let bank = scratch.bank();
-        let image = scratch.encode(page);
-        if self.spec.refuse_incompressible
-            && matches!(image, Image::Bytes(bytes) if bytes.len() == PAGE_SIZE)
+        let core = &*self.core;
+        let (owner, worker) = (self.account.number, scratch.head());
+        let incoming = |content, payload| Incoming {
+            kind: Kind::Page,
+            content,
+            payload,
+            is_zstd: false,
+            owner,
+            worker,
+        };
+        if let Some(word) = filled_with(page) {
+            let bytes = word.to_le_bytes();
+            return self.store(
+                key,
+                &incoming(core.sums.filled(word), filled_payload(&bytes)),
+            );
+        }
+        let content = core.sums.page(page);
+        let domain = self
+            .space
+            .domain
+            .as_ref()
+            .filter(|_| core.shares_equal_pages);
+        if let Some(domain) = domain {
+            core.twins.prefetch(domain.number(), content);
+        }
+        self.space.prefetch(core, key, worker);
+        if let Some(domain) = domain
+            && core.put_as_twin(&self.space, domain, key, page, content, scratch)
         {
+            return Ok(());
+        }
+        let payload = scratch.pack(page);
+        if self.spec.refuse_incompressible && payload.len() == PAGE_SIZE {
             return Err(Refusal::Incompressible);
         }
-        let word = match image {
-            Image::Filled(word) => word,
-            Image::Bytes(_) => self.space.seal.page(key, page),
-        };
+        self.store(key, &incoming(content, payload))
+    }
+
+    fn store(&self, key: &Key, incoming: &Incoming<'_>) -> Result<(), Refusal> {
         let mut tries = 1;
         loop {
-            let Err(obstacle) = self.store(key, word, &image, bank) else {
+            let Err(obstacle) = self.try_store(key, incoming) else {
                 return Ok(());
             };
             // The older copy has to go in any case now, and may be all the room that is needed.
-            let is_roomier = (tries == 1 && self.space.remove(&self.core, key))
-                || self.make_room(&obstacle, &image, tries);
+            let is_roomier = (tries == 1 && self.space.remove(&self.core, key, |_| true))
+                || self.make_room(obstacle, incoming.payload.len(), tries);
             if !is_roomier || tries == PUT_TRIES {
-                return Err(self.refusal(&obstacle));
+                return Err(self.refusal(obstacle));
             }
             tries += 1;
         }
     }
 
-    fn refusal(&self, obstacle: &Obstacle) -> Refusal {
+    fn try_store(&self, key: &Key, incoming: &Incoming<'_>) -> Result<(), Obstacle> {
+        let bill = self.space.bill_bytes(&self.core, incoming.payload.len());
+        self.account.reserve(bill).map_err(|_| Obstacle::Quota)?;
+        self.space
+            .enter(&self.core, key, incoming)
+            .inspect_err(|_| self.account.release(bill))
+    }
+
+    fn refusal(&self, obstacle: Obstacle) -> Refusal {
         match obstacle {
             Obstacle::Quota => Refusal::OverQuota,
             Obstacle::PoolGone => Refusal::NoSpace,
-            Obstacle::Blocks | Obstacle::Index => {
-                self.count(Tally::limit_hit);
+            Obstacle::Room | Obstacle::Index => {
+                self.count(Event::LimitHit);
                 self.core.note_full();
                 Refusal::NoSpace
             }
@@ -180,87 +228,17 @@ impl Pool {
     }
 
     /// Tries to remove what stood in the way; false when there is nothing to be done.
-    fn make_room(&self, obstacle: &Obstacle, image: &Image<'_>, tries: u32) -> bool {
-        let len = if let Image::Bytes(bytes) = image {
-            bytes.len()
-        } else {
-            0
-        };
-        // More each time: others may take what this call frees, and blocks of several chunks, or
-        // bytes of several tables, may have to go before one chunk or table has room.
-        let bytes = (cost_bytes(len) + 512) << (tries - 1).min(8);
+    fn make_room(&self, obstacle: Obstacle, len: usize, tries: u32) -> bool {
+        let core = &*self.core;
+        // More each time: others may take what this call frees.
+        let bytes = (self.space.bill_bytes(core, len) + 512) << (tries - 1).min(8);
         match obstacle {
             Obstacle::PoolGone => false,
-            Obstacle::Quota => self.core.evict(Whose::Client(&self.account), bytes) > 0,
-            Obstacle::Blocks => self.core.evict(Whose::Any, bytes) > 0,
-            // The index needs bytes from the host, so empty chunks must go back to it.
-            Obstacle::Index => {
-                let evicted = if tries > 1 {
-                    self.core.evict(Whose::Any, bytes)
-                } else {
-                    0
-                };
-                self.core.arena.trim(&self.core.budget) > 0 || evicted > 0 || tries == 1
-            }
+            Obstacle::Quota => core.evict(Whose::Client(&self.account, bytes)) > 0,
+            Obstacle::Room => core.make_span(),
+            // The index needs bytes from the host, so spans must go back to it.
+            Obstacle::Index => core.arena.trim(0) > 0 || core.make_span(),
         }
-    }
-
-    /// Stores an image and enters it into the index, or leaves everything as it was.
-    fn store(&self, key: &Key, word: u64, image: &Image<'_>, bank: usize) -> Result<(), Obstacle> {
-        let core = &*self.core;
-        let len = if let Image::Bytes(bytes) = image {
-            bytes.len()
-        } else {
-            0
-        };
-        let bill = self.space.bill_bytes(len);
-        self.account.reserve(bill).map_err(|_| Obstacle::Quota)?;
-        let slot = match image {
-            Image::Filled(_) => Ok(Slot::filled(
-                word,
-                self.space.seal.word(key, word),
-                self.owner,
-            )),
-            Image::Bytes(bytes) => core
-                .arena
-                .store(bank, bytes, &core.budget)
-                .map(|place| Slot::stored(word, place, len, self.owner)),
-        };
-        let entered = match slot {
-            Err(_) => Err(Obstacle::Blocks),
-            Ok(slot) => self.enter(key, slot).inspect_err(|_| {
-                if let Some(place) = slot.place() {
-                    core.arena.free(place, len, &core.budget);
-                }
-            }),
-        };
-        entered.inspect_err(|_| self.account.release(bill))
-    }
-
-    fn enter(&self, key: &Key, slot: Slot) -> Result<(), Obstacle> {
-        let core = &*self.core;
-        let now = if self.space.is_evictable() {
-            core.tick()
-        } else {
-            0
-        };
-        let (shard, hash) = self.space.find(key.object, key.region());
-        let mut index = shard.lock();
-        if index.is_dead {
-            return Err(Obstacle::PoolGone);
-        }
-        let old = index.insert(hash, key, slot, now, self.space.ledger(core));
-        // On a shortage, too: some table may have grown before another could not.
-        shard.publish(&index);
-        let old = old.map_err(|shortage| match shortage {
-            Shortage::Quota => Obstacle::Quota,
-            Shortage::Store => Obstacle::Index,
-        })?;
-        self.space.page_in(core, &slot);
-        if let Some(old) = old {
-            self.space.page_out(core, &old);
-        }
-        Ok(())
     }
 
     /// Gets the page that was put last under this name.
@@ -274,83 +252,115 @@ impl Pool {
         page: &mut Page,
         scratch: &mut Scratch,
     ) -> GetResult {
-        self.count(Tally::get);
+        self.count(Event::Get);
         let key = Key { object, index };
         let result = self.try_get(&key, page, scratch);
         match result {
             GetResult::Found => (),
-            GetResult::Missing => self.count(Tally::missing),
+            GetResult::Missing => self.count(Event::Missing),
             GetResult::Corrupt => {
                 page.fill(0);
-                self.count(Tally::corrupt);
+                self.count(Event::Corrupt);
             }
         }
         result
     }
 
     fn try_get(&self, key: &Key, page: &mut Page, scratch: &mut Scratch) -> GetResult {
+        let is_exclusive = self.space.keeping == Keeping::Exclusive;
         for _ in 0..GET_TRIES {
-            let Some((slot, is_loaded)) = self.copy_out(key, page, scratch) else {
-                return GetResult::Missing;
+            let held = match self.look_up(key) {
+                Lookup::Missing => return GetResult::Missing,
+                Lookup::Damaged => return GetResult::Corrupt,
+                Lookup::Held(held) => held,
             };
-            if !is_loaded || !self.unpack(key, &slot, page, scratch) {
+            if !self.unpack(key, &held, page, scratch) {
                 return GetResult::Corrupt;
             }
-            if self.space.keeping != Keeping::Exclusive || self.remove_same(key, &slot) {
+            if !is_exclusive {
+                return GetResult::Found;
+            }
+            // Pinned as it is, the place cannot have become another page's meanwhile.
+            if self.space.remove(&self.core, key, |now| now == held.place) {
+                if let Some(ghosts) = self.core.ghosts() {
+                    ghosts.remember(self.space.ghost_hash(key));
+                }
                 return GetResult::Found;
             }
             page.fill(0);
         }
         // Others change this page all the time. It may be evicted at any moment, so also now: then
         // it is missing, and stays so.
-        self.space.remove(&self.core, key);
+        self.space.remove(&self.core, key, |_| true);
         GetResult::Missing
     }
 
-    /// Copies a page's image, to the page itself if raw, else to the scratch buffer. `None` when
-    /// the page is not there; false beside the slot when the image could not be read.
-    fn copy_out(&self, key: &Key, page: &mut Page, scratch: &mut Scratch) -> Option<(Slot, bool)> {
+    fn look_up(&self, key: &Key) -> Lookup<'_> {
+        let core = &*self.core;
         let (shard, hash) = self.space.find(key.object, key.region());
-        let mut index = shard.lock();
-        let slot = index.get(hash, key)?;
-        if self.space.keeping == Keeping::Shared {
-            index.refresh(hash, key);
+        let index = shard.lock();
+        let Some(place) = index.get(hash, key) else {
+            return Lookup::Missing;
+        };
+        let pin = core.arena.pin(place);
+        let Ok(header) = core.arena.header(place) else {
+            return Lookup::Damaged;
+        };
+        let image = match header.kind {
+            Kind::Page => None,
+            Kind::Alias => match self.image_of(place, &header) {
+                Some(image) => Some(image),
+                None => return Lookup::Damaged,
+            },
+            _ => return Lookup::Damaged,
+        };
+        drop(index);
+        if !header.is_used {
+            core.arena.mark_used(place);
         }
-        let Some(place) = slot.place() else {
-            return Some((slot, true));
-        };
-        let buffer = if slot.len() == PAGE_SIZE {
-            Some(&mut page[..])
-        } else {
-            scratch.packed_mut(slot.len())
-        };
-        let is_loaded = buffer.is_some_and(|buffer| self.core.arena.load(place, buffer).is_ok());
-        Some((slot, is_loaded))
+        Lookup::Held(Held {
+            place,
+            pin,
+            header,
+            image,
+        })
     }
 
-    /// Makes the page from its image and verifies it. No lock is held.
-    fn unpack(&self, key: &Key, slot: &Slot, page: &mut Page, scratch: &Scratch) -> bool {
-        if slot.is_same_filled() {
-            fill(page, slot.word);
-            return self.space.seal.word(key, slot.word) == slot.word_checksum();
+    /// The image that an alias has its bytes from. The shard's lock is held, so the image stays.
+    fn image_of(&self, alias: Place, header: &Header) -> Option<(Place, Pin<'_>, Header)> {
+        let core = &*self.core;
+        let number = core.image_number(alias, header)?;
+        let images = self.space.domain.as_ref()?.images.lock();
+        let place = images.place(number).ok()?;
+        let pin = core.arena.pin(place);
+        let image = core.arena.header(place).ok()?;
+        if image.kind != Kind::Image {
+            return None;
         }
-        (slot.len() == PAGE_SIZE || scratch.unpack(slot.len(), page))
-            && self.space.seal.page(key, page) == slot.word
+        if !image.is_used {
+            core.arena.mark_used(place);
+        }
+        Some((place, pin, image))
     }
 
-    /// Takes the page out if it is still the one that was read. (When it was put again meanwhile,
-    /// with the same bytes in the same place, it is as if the get had come after that put.)
-    fn remove_same(&self, key: &Key, slot: &Slot) -> bool {
-        let (shard, hash) = self.space.find(key.object, key.region());
-        let mut index = shard.lock();
-        let is_same = index
-            .get(hash, key)
-            .is_some_and(|now| now.is_same_page(slot));
-        if is_same && let Some(slot) = index.remove(hash, key, self.space.ledger(&self.core)) {
-            self.space.page_out(&self.core, &slot);
-            shard.publish(&index);
+    /// Makes the page from what was found and verifies it. No lock is held.
+    fn unpack(&self, key: &Key, held: &Held<'_>, page: &mut Page, scratch: &mut Scratch) -> bool {
+        let sums = &self.core.sums;
+        let (payload, is_zstd) = match &held.image {
+            Some((place, pin, image)) => (pin.payload(*place, image), image.is_zstd),
+            None => (
+                held.pin.payload(held.place, &held.header),
+                held.header.is_zstd,
+            ),
+        };
+        if held.header.index != key.index || !scratch.unpack(payload, is_zstd, page) {
+            return false;
         }
-        is_same
+        let content = match filled_word(payload) {
+            Some(word) => sums.filled(word),
+            None => sums.page(page),
+        };
+        content == sums.promised(&held.header)
     }
 
     /// Removes `count` pages from number `first` on, as far as they are there; how many were. A
@@ -361,7 +371,7 @@ impl Pool {
         };
         let last = u32::try_from(u64::from(first).saturating_add(more)).unwrap_or(u32::MAX);
         let removed = self.space.remove_range(&self.core, object, first, last);
-        self.count(|tally| tally.flushed(removed));
+        self.count_times(Event::Flush, removed);
         removed
     }
 
@@ -370,20 +380,18 @@ impl Pool {
         self.flush_page(object, 0, 1 << 32)
     }
 
-    /// Flips one bit of a stored page's image (`bit` modulo its length), as failing memory would.
-    /// False when the page is not there. For tests: a get must then say [`GetResult::Corrupt`].
+    /// Flips one bit of what a page is stored as (`bit` modulo its length), as failing memory would;
+    /// of its image, if it has its bytes from one. False when the page is not there. For tests: a get
+    /// must then say [`GetResult::Corrupt`].
     #[cfg(any(test, feature = "fault-injection"))]
     #[doc(hidden)]
     pub fn flip_stored_bit(&self, object: ObjectId, index: u32, bit: usize) -> bool {
-        let key = Key { object, index };
-        let (shard, hash) = self.space.find(key.object, key.region());
-        let mut index = shard.lock();
-        match index.get(hash, &key) {
-            None => false,
-            Some(slot) => match slot.place() {
-                Some(place) => self.core.arena.flip_bit(place, slot.len(), bit),
-                None => index.flip_word_bit(hash, &key, bit),
-            },
+        match self.look_up(&Key { object, index }) {
+            Lookup::Held(held) => {
+                let place = held.image.map_or(held.place, |(place, ..)| place);
+                self.core.arena.flip_payload_bit(place, bit)
+            }
+            Lookup::Missing | Lookup::Damaged => false,
         }
     }
 }

@@ -8,43 +8,50 @@
 //! at most 4 KiB, never while a page is packed or unpacked, and long work
 //! (flushing a range, destroying) takes them anew for each leaf.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::ObjectId;
-use crate::arena::cost_bytes;
-use crate::budget::{Account, Ledger, Shortage};
-use crate::codec::Seal;
-use crate::core::Core;
-use crate::index::{Index, Key, Slot, leaf_hash};
+use crate::account::Account;
+use crate::arena::{Header, Kind, Place, Record, Urgency, mix};
+use crate::budget::Shortage;
+use crate::core::{Core, Target};
+use crate::domain::Domain;
+use crate::index::{HashKeys, Index, Key, Numbers, Prepared, leaf_hash};
 use crate::leaf::PAGES_PER_LEAF;
-use crate::stats::{PoolStats, Tally};
+use crate::objects::Object;
+use crate::queue::Class;
+use crate::stats::{Amounts, PoolStats, Tally};
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::{Mutex, MutexGuard};
 
 /// What becomes of the pages of a space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub(crate) enum Keeping {
     /// Kept until flushed.
-    Persistent,
+    Persistent = 1,
     /// May be evicted; a get takes the page out.
-    Exclusive,
+    Exclusive = 2,
     /// May be evicted; a get leaves the page and makes it young again.
-    Shared,
+    Shared = 3,
 }
 
-/// What a client is billed for a page in a shared pool beyond the page's blocks, in bytes: its
-/// share of the index, at a flat rate, since nobody can say whose page made a table grow.
-pub(crate) const SHARED_PAGE_BYTES: u64 = 64;
+/// What a page is billed beside its record, in bytes: its slot, and its share of what finds it.
+const PAGE_BYTES: u64 = 8;
+/// What a leaf is billed, in bytes: its entry in three tables.
+const LEAF_BYTES: u64 = 160;
+/// What an object is billed for each shard that it has pages in, in bytes: its records, and its
+/// entry in two tables.
+const OBJECT_BYTES: u64 = 256;
+/// What a client is billed for a page in a shared pool beyond that, in bytes: there nobody can say
+/// whose page made a table grow.
+const SHARED_PAGE_BYTES: u64 = 64;
 
-/// One shard. The numbers beside the lock mirror what is inside it, for readers in a hurry.
+/// One shard. The number beside the lock mirrors what is inside it, for readers in a hurry.
 #[derive(Debug)]
 #[repr(align(64))]
 pub(crate) struct Shard {
     index: Mutex<Index>,
-    oldest_stamp: AtomicU64,
     index_bytes: AtomicU64,
 }
 
@@ -52,76 +59,131 @@ impl Shard {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Index> {
         self.index.lock()
     }
-
-    pub(crate) fn oldest_stamp(&self) -> u64 {
-        self.oldest_stamp.load(Relaxed)
-    }
-
-    /// To be called before the lock is let go, whenever pages came or went.
-    pub(crate) fn publish(&self, index: &Index) {
-        self.oldest_stamp.store(index.oldest_stamp(), Relaxed);
-        self.index_bytes.store(index.held_bytes(), Relaxed);
-    }
 }
 
 /// See the module's text.
-#[derive(Debug)]
 pub(crate) struct Space {
+    pub(crate) number: u32,
     pub(crate) keeping: Keeping,
-    pub(crate) seal: Seal,
-    keys: RandomState,
+    /// Of a shared space; else zero.
+    pub(crate) uuid: [u8; 16],
+    keys: HashKeys,
     shards: Box<[Shard]>,
     pub(crate) tally: Tally,
-    /// Blocks of its pages, in bytes.
-    block_bytes: AtomicU64,
-    /// Pays for the index and these structures: the client, if the space is private. A shared space
-    /// has an account of its own, without a quota, or else the quota of the client that came first
-    /// would decide for all; its members pay [`SHARED_PAGE_BYTES`] for each of their pages instead.
+    /// Pays for leaves and objects: the client, if the space is private. A shared space has an
+    /// account of its own, without a quota, or else the quota of the client that came first would
+    /// decide for all; its members pay [`SHARED_PAGE_BYTES`] for each of their pages instead.
     pub(crate) payer: Arc<Account>,
-    /// Of a shared space: all who ever joined, by the numbers that slots carry, less one.
-    members: RwLock<Vec<Arc<Account>>>,
+    /// Inside which equal pages are stored once. A shared space is in none: its pages have several
+    /// owners.
+    pub(crate) domain: Option<Arc<Domain>>,
+}
+
+/// Gives objects of a space their numbers, on behalf of an owner.
+struct Numbering<'a> {
+    core: &'a Core,
+    space: &'a Space,
+    owner: u16,
+}
+
+impl Numbers for Numbering<'_> {
+    fn assign(&self, id: ObjectId) -> Result<u32, Shortage> {
+        let object = Object {
+            space: self.space.number,
+            owner: self.owner,
+            id,
+        };
+        let core = self.core;
+        core.objects.assign(object, &core.budget, |number| {
+            core.write_object(number, &object, self.space.is_evictable())
+        })
+    }
+
+    fn withdraw(&self, number: u32) {
+        let core = self.core;
+        core.objects.withdraw(number, &core.budget, |place| {
+            core.kill_copies([Some(place), None]);
+        });
+    }
+}
+
+/// A page that is to be entered: what is known of it before the shard is locked.
+#[derive(Clone, Copy)]
+pub(crate) struct Incoming<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) content: crate::sums::Content,
+    pub(crate) payload: &'a [u8],
+    pub(crate) is_zstd: bool,
+    /// The account of who puts it.
+    pub(crate) owner: u16,
+    /// Number of the worker that puts it.
+    pub(crate) worker: usize,
+}
+
+/// A page that was appended to the arena.
+struct Appended {
+    place: Place,
+    header: Header,
+    /// The header of the record that it replaces, if there is one and it is whole.
+    old: Option<Header>,
+}
+
+/// Why a page could not be entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Obstacle {
+    Quota,
+    /// No room in the arena.
+    Room,
+    /// No room for the index.
+    Index,
+    PoolGone,
 }
 
 impl Space {
     /// Makes an empty space, whose structures `payer` pays for.
     pub(crate) fn new(
         core: &Core,
+        number: u32,
         keeping: Keeping,
+        uuid: [u8; 16],
         payer: Arc<Account>,
+        domain: Option<Arc<Domain>>,
     ) -> Result<Self, Shortage> {
-        Ledger {
-            budget: &core.budget,
-            account: &payer,
-        }
-        .reserve(Self::fixed_bytes(core))?;
-        let keys = RandomState::new();
+        let bytes = Self::fixed_bytes(core);
+        payer.reserve(bytes)?;
+        core.budget
+            .reserve(bytes)
+            .inspect_err(|_| payer.release(bytes))?;
+        let secret = core.arena.secret();
+        let keys = HashKeys(secret.number(3) ^ mix(u64::from(number)), secret.number(4));
         let shard = |_| Shard {
-            index: Mutex::new(Index::new(keys.clone(), keeping != Keeping::Persistent)),
-            oldest_stamp: AtomicU64::new(u64::MAX),
+            index: Mutex::new(Index::new(keys)),
             index_bytes: AtomicU64::new(0),
         };
         Ok(Self {
+            number,
             keeping,
-            seal: Seal::new(keys.hash_one("seal")),
+            uuid,
             shards: (0..core.shards_per_space).map(shard).collect(),
             keys,
-            tally: Tally::default(),
-            block_bytes: AtomicU64::new(0),
+            tally: Tally::new(core.stripes),
             payer,
-            members: RwLock::default(),
+            domain,
         })
     }
 
     /// Bytes of an empty space and of one client's handle on it.
     pub(crate) fn fixed_bytes(core: &Core) -> u64 {
-        (size_of::<Self>()
-            + size_of::<Account>()
-            + core.shards_per_space * size_of::<Shard>()
-            + 512) as u64
+        let shards = core.shards_per_space * size_of::<Shard>();
+        (size_of::<Self>() + Tally::bytes(core.stripes) + shards + 512) as u64
     }
 
     pub(crate) fn is_evictable(&self) -> bool {
         self.keeping != Keeping::Persistent
+    }
+
+    pub(crate) fn is_shared(&self) -> bool {
+        self.keeping == Keeping::Shared
     }
 
     pub(crate) fn shards(&self) -> &[Shard] {
@@ -130,128 +192,310 @@ impl Space {
 
     /// A page's shard and the hash to look it up with.
     pub(crate) fn find(&self, object: ObjectId, region: u32) -> (&Shard, u64) {
-        let hash = leaf_hash(&self.keys, object, region);
+        let hash = leaf_hash(self.keys, object, region);
         // Bits that the tables inside the shard do not look at.
         let at = usize::try_from(hash >> 32 & 0xff_ffff).unwrap_or(0) % self.shards.len();
         (&self.shards[at], hash)
     }
 
-    pub(crate) fn ledger<'a>(&'a self, core: &'a Core) -> Ledger<'a> {
-        Ledger {
-            budget: &core.budget,
-            account: &self.payer,
+    /// By which the store remembers an ephemeral page that is gone.
+    pub(crate) fn ghost_hash(&self, key: &Key) -> u64 {
+        self.keys.hash_one((key.object, key.index))
+    }
+
+    fn numbering<'a>(&'a self, core: &'a Core, owner: u16) -> Numbering<'a> {
+        Numbering {
+            core,
+            space: self,
+            owner,
         }
     }
 
-    /// What a page with an image of so many bytes is billed to the client that put it.
-    pub(crate) fn bill_bytes(&self, len: usize) -> u64 {
-        let is_shared = self.keeping == Keeping::Shared;
-        cost_bytes(len) + if is_shared { SHARED_PAGE_BYTES } else { 0 }
+    /// What a page with so many bytes of payload is billed to the client that put it.
+    pub(crate) fn bill_bytes(&self, core: &Core, payload: usize) -> u64 {
+        let shared = if self.is_shared() {
+            SHARED_PAGE_BYTES
+        } else {
+            0
+        };
+        core.record_bytes(payload) + PAGE_BYTES + shared
     }
 
-    /// Of a shared space: the number that slots of this client's pages carry; it joins if it is not a member. `None`
-    /// when numbers have run out.
-    pub(crate) fn join(&self, account: &Arc<Account>) -> Option<u16> {
-        let mut members = self.members.write();
-        let known = members
-            .iter()
-            .position(|member| Arc::ptr_eq(member, account));
-        // The number of a client that is gone, with all its pages, may be used again.
-        let at = known.unwrap_or_else(|| {
-            let is_gone = |member: &Arc<Account>| {
-                Arc::strong_count(member) == 1 && member.tally.pages_stored() == 0
-            };
-            members.iter().position(is_gone).unwrap_or(members.len())
+    /// What its index is billed to the payer, for so many leaves and objects.
+    pub(crate) fn index_bill_bytes((leaves, objects): (usize, usize)) -> u64 {
+        leaves as u64 * LEAF_BYTES + objects as u64 * OBJECT_BYTES
+    }
+
+    /// Calls `act` with the account that is billed for pages of this object number.
+    pub(crate) fn with_owner(&self, core: &Core, number: u32, act: impl FnOnce(&Account)) {
+        if !self.is_shared() {
+            return act(&self.payer);
+        }
+        if let Some(object) = core.objects.get(number) {
+            core.accounts.with(object.owner, act);
+        }
+    }
+
+    /// Where a page that comes in goes.
+    fn target<'a>(&'a self, core: &'a Core, key: &Key, worker: usize) -> Target<'a> {
+        if !self.is_evictable() {
+            return Target::Log(core.put_head(worker));
+        }
+        let is_known = core
+            .ghosts()
+            .is_some_and(|ghosts| ghosts.recall(self.ghost_hash(key)));
+        let class = if is_known {
+            Class::Proven
+        } else {
+            Class::Fresh
+        };
+        Target::Queue(&self.payer.queue, class)
+    }
+
+    /// Fetches the memory that [`Self::enter`] will touch.
+    pub(crate) fn prefetch(&self, core: &Core, key: &Key, worker: usize) {
+        /// More than half of all images are not longer.
+        const IMAGE_BYTES: usize = 2048;
+        if !self.is_evictable() {
+            core.arena.prefetch_tail(core.put_head(worker), IMAGE_BYTES);
+        }
+        let (shard, hash) = self.find(key.object, key.region());
+        if let Some(old) = shard.lock().get(hash, key) {
+            core.arena.prefetch_header(old);
+        }
+    }
+
+    /// Stores a page, in the place of an older one; or leaves everything as it was. The page itself
+    /// is on the owner's bill already.
+    pub(crate) fn enter(
+        &self,
+        core: &Core,
+        key: &Key,
+        incoming: &Incoming<'_>,
+    ) -> Result<(), Obstacle> {
+        let target = self.target(core, key, incoming.worker);
+        let numbering = self.numbering(core, incoming.owner);
+        let (shard, hash) = self.find(key.object, key.region());
+        let mut index = shard.lock();
+        if index.is_dead {
+            return Err(Obstacle::PoolGone);
+        }
+        let before = Self::index_bill_bytes(index.extent());
+        let prepared = index.prepare(hash, key, &numbering, &core.budget);
+        // On a shortage, too: some table may have grown before another could not.
+        shard.publish(&index);
+        let prepared = prepared.map_err(|_| Obstacle::Index)?;
+        let grown = Self::index_bill_bytes(index.extent()) - before;
+        let appended = self.pay(grown).and_then(|()| {
+            self.append(core, target, key, incoming, prepared)
+                .inspect_err(|_| self.payer.release(grown))
         });
-        let number = u16::try_from(at + 1).ok()?;
-        match members.get_mut(at) {
-            Some(member) => *member = account.clone(),
-            None => members.push(account.clone()),
-        }
-        Some(number)
-    }
-
-    /// This client's number, if it is a member.
-    pub(crate) fn member_number(&self, account: &Arc<Account>) -> Option<u16> {
-        let members = self.members.read();
-        let at = members
-            .iter()
-            .position(|member| Arc::ptr_eq(member, account))?;
-        u16::try_from(at + 1).ok()
-    }
-
-    /// The client with this number.
-    pub(crate) fn owner(&self, owner: u16) -> Option<Arc<Account>> {
-        match usize::from(owner).checked_sub(1) {
-            None => Some(self.payer.clone()),
-            Some(at) => self.members.read().get(at).cloned(),
-        }
-    }
-
-    /// As [`Self::owner`], without counting a reference.
-    pub(crate) fn with_owner(&self, owner: u16, act: impl FnOnce(&Account)) {
-        match usize::from(owner).checked_sub(1) {
-            None => act(&self.payer),
-            Some(at) => {
-                if let Some(member) = self.members.read().get(at) {
-                    act(member);
+        match appended {
+            Ok(appended) => {
+                index.enter(prepared, appended.place);
+                core.note_twin(self.domain.as_deref(), &appended.header, appended.place);
+                match (prepared.old, &appended.old) {
+                    (Some(old), Some(old_header)) => {
+                        self.page_replaced(core, old, old_header, &appended.header);
+                    }
+                    (old, _) => {
+                        self.page_in(core, &appended.header);
+                        if let Some(old) = old {
+                            self.lose(core, old);
+                        }
+                    }
                 }
+                Ok(())
+            }
+            Err(obstacle) => {
+                index.cancel(prepared, &numbering, &core.budget);
+                shard.publish(&index);
+                Err(obstacle)
             }
         }
+    }
+
+    fn pay(&self, bytes: u64) -> Result<(), Obstacle> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.payer.reserve(bytes).map_err(|_| Obstacle::Quota)
+    }
+
+    /// Appends the record of a page for which room was made in the index.
+    fn append(
+        &self,
+        core: &Core,
+        target: Target<'_>,
+        key: &Key,
+        incoming: &Incoming<'_>,
+        prepared: Prepared,
+    ) -> Result<Appended, Obstacle> {
+        let number = if self.is_shared() {
+            let write = |number, object| core.write_object(number, &object, true);
+            let owner = incoming.owner;
+            core.objects
+                .of_owner(prepared.number, owner, &core.budget, write)
+                .map_err(|_| Obstacle::Index)?
+        } else {
+            prepared.number
+        };
+        // Of a page that is damaged nothing is known; it is about to be killed anyway.
+        let old = prepared.old.and_then(|old| core.arena.header(old).ok());
+        let header = Header {
+            kind: incoming.kind,
+            number,
+            index: key.index,
+            len: incoming.payload.len(),
+            is_zstd: incoming.is_zstd,
+            check: core.sums.check(incoming.content, number, key.index),
+            generation: old.map_or(0, |old| old.generation.wrapping_add(1) & 3),
+            is_used: false,
+        };
+        let record = Record {
+            header,
+            payload: incoming.payload,
+        };
+        let place = core.append(target, record, None, Urgency::Normal);
+        Ok(Appended {
+            place: place.map_err(|_| Obstacle::Room)?,
+            header,
+            old,
+        })
     }
 
     /// Counts a page that has come. With the shard's lock held.
-    pub(crate) fn page_in(&self, core: &Core, slot: &Slot) {
-        let bytes = cost_bytes(slot.len());
-        self.block_bytes.fetch_add(bytes, Relaxed);
-        self.tally.page_in(slot);
-        core.tally.page_in(slot);
-        let is_evictable = self.is_evictable();
-        if is_evictable {
-            core.evictable_bytes.fetch_add(bytes, Relaxed);
+    pub(crate) fn page_in(&self, core: &Core, header: &Header) {
+        let amounts = self.amounts(core, header);
+        self.tally.add(&amounts);
+        core.sizes.add(header.len);
+        if self.is_evictable() {
+            self.note_evictable(core, header, &amounts, true);
         }
-        self.with_owner(slot.owner, |account| {
-            account.tally.page_in(slot);
-            if is_evictable {
-                account.evictable_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    fn amounts(&self, core: &Core, header: &Header) -> Amounts<u64> {
+        Amounts::of(header, self.bill_bytes(core, header.len))
+    }
+
+    /// Counts an ephemeral page where persistent ones are not.
+    fn note_evictable(&self, core: &Core, header: &Header, amounts: &Amounts<u64>, is_in: bool) {
+        let change = |counter: &AtomicU64| {
+            if is_in {
+                counter.fetch_add(amounts.billed_bytes, Relaxed);
+            } else {
+                counter.fetch_sub(amounts.billed_bytes, Relaxed);
+            }
+        };
+        change(&core.evictable_bytes);
+        self.with_owner(core, header.number, |owner| {
+            change(&owner.evictable_bytes);
+            if self.is_shared() && is_in {
+                owner.tally.add(amounts);
+            } else if self.is_shared() {
+                owner.tally.sub(amounts);
             }
         });
     }
 
-    /// Frees the image of a page that has left the index, and counts it out. With the shard's
-    /// lock held: the arena's locks come after it.
-    pub(crate) fn page_out(&self, core: &Core, slot: &Slot) {
-        let bytes = cost_bytes(slot.len());
-        if let Some(place) = slot.place() {
-            core.arena.free(place, slot.len(), &core.budget);
+    /// Kills the record of a page that another has replaced in the index, and counts both. With the
+    /// shard's lock held.
+    fn page_replaced(&self, core: &Core, old: Place, old_header: &Header, new: &Header) {
+        if self.is_evictable() {
+            self.page_in(core, new);
+            self.page_out(core, old);
+            return;
         }
-        self.block_bytes.fetch_sub(bytes, Relaxed);
-        self.tally.page_out(slot);
-        core.tally.page_out(slot);
-        let is_evictable = self.is_evictable();
-        if is_evictable {
-            core.evictable_bytes.fetch_sub(bytes, Relaxed);
-        }
-        self.with_owner(slot.owner, |account| {
-            account.tally.page_out(slot);
-            account.release(self.bill_bytes(slot.len()));
-            if is_evictable {
-                account.evictable_bytes.fetch_sub(bytes, Relaxed);
-            }
-        });
+        let image = self.image_needed(core, old, old_header);
+        core.arena.kill_known(old, old_header);
+        let (gone, come) = (self.amounts(core, old_header), self.amounts(core, new));
+        self.tally.exchange(&gone, &come);
+        core.sizes.exchange(old_header.len, new.len);
+        self.payer.release(gone.billed_bytes);
+        self.drop_image(core, image);
         core.note_freed();
     }
 
-    /// Takes one page out. Whether it was there.
-    pub(crate) fn remove(&self, core: &Core, key: &Key) -> bool {
+    /// The image that a page's record needs, if it is an alias.
+    fn image_needed(&self, core: &Core, place: Place, header: &Header) -> Option<u32> {
+        match header.kind {
+            Kind::Alias => core.image_number(place, header),
+            _ => None,
+        }
+    }
+
+    fn drop_image(&self, core: &Core, image: Option<u32>) {
+        if let (Some(domain), Some(image)) = (&self.domain, image) {
+            core.drop_image_ref(domain, image);
+        }
+    }
+
+    /// Kills the record of a page that has left the index, and counts it out. With the shard's lock
+    /// held.
+    pub(crate) fn page_out(&self, core: &Core, place: Place) {
+        let Ok(header) = core.arena.header(place) else {
+            self.lose(core, place);
+            return;
+        };
+        let image = self.image_needed(core, place, &header);
+        core.arena.kill_known(place, &header);
+        self.count_out(core, &header);
+        self.drop_image(core, image);
+        core.note_freed();
+    }
+
+    /// Counts out a page whose record is dead.
+    pub(crate) fn count_out(&self, core: &Core, header: &Header) {
+        let amounts = self.amounts(core, header);
+        self.tally.sub(&amounts);
+        core.sizes.sub(header.len);
+        if self.is_evictable() {
+            self.note_evictable(core, header, &amounts, false);
+        }
+        self.with_owner(core, header.number, |owner| {
+            owner.release(amounts.billed_bytes);
+        });
+    }
+
+    /// A page whose header is damaged beyond repair has left the index. How long it was is not to be
+    /// known: it stays on the bill, and its span is lost to the store until it is opened anew.
+    fn lose(&self, core: &Core, place: Place) {
+        let _ = core.arena.kill(place);
+        self.tally.sub(&Amounts {
+            pages: 1,
+            ..Amounts::default()
+        });
+    }
+
+    /// Takes one page out, if `is_it` is true of where it is. Whether it was there.
+    pub(crate) fn remove(&self, core: &Core, key: &Key, is_it: impl FnOnce(Place) -> bool) -> bool {
         let (shard, hash) = self.find(key.object, key.region());
         let mut index = shard.lock();
-        let slot = index.remove(hash, key, self.ledger(core));
-        if let Some(slot) = &slot {
-            self.page_out(core, slot);
-            shard.publish(&index);
+        let was_there = self.taking_out(core, shard, &mut index, |index, numbering| {
+            let gone = |place| self.page_out(core, place);
+            index.remove(hash, key, numbering, &core.budget, is_it, gone)
+        });
+        drop(index);
+        core.relieve();
+        was_there
+    }
+
+    /// Does what takes pages out of a shard, and what has to be done about the bill then.
+    fn taking_out<T>(
+        &self,
+        core: &Core,
+        shard: &Shard,
+        index: &mut Index,
+        act: impl FnOnce(&mut Index, &Numbering<'_>) -> T,
+    ) -> T {
+        let before = Self::index_bill_bytes(index.extent());
+        let result = act(index, &self.numbering(core, self.payer.number));
+        let freed = before - Self::index_bill_bytes(index.extent());
+        if freed > 0 {
+            self.payer.release(freed);
         }
-        slot.is_some()
+        shard.publish(index);
+        result
     }
 
     /// Takes out all pages of an object whose numbers are in `first..=last`; how many there were.
@@ -296,13 +540,15 @@ impl Space {
         let (shard, hash) = self.find(object, region);
         let mut removed = 0;
         let mut index = shard.lock();
-        index.remove_masked(hash, object, region, mask, self.ledger(core), |slot| {
-            self.page_out(core, &slot);
-            removed += 1;
+        self.taking_out(core, shard, &mut index, |index, numbering| {
+            let gone = |place| {
+                self.page_out(core, place);
+                removed += 1;
+            };
+            index.remove_masked(hash, (object, region, mask), numbering, &core.budget, gone);
         });
-        if removed > 0 {
-            shard.publish(&index);
-        }
+        drop(index);
+        core.relieve();
         removed
     }
 
@@ -314,28 +560,47 @@ impl Space {
             let mut is_more = true;
             while is_more {
                 let mut index = shard.lock();
-                is_more = index.remove_last(self.ledger(core), |slot| {
-                    self.page_out(core, &slot);
-                    removed += 1;
+                is_more = self.taking_out(core, shard, &mut index, |index, numbering| {
+                    let gone = |place| {
+                        self.page_out(core, place);
+                        removed += 1;
+                    };
+                    index.remove_last(numbering, &core.budget, gone)
                 });
-                shard.publish(&index);
+                drop(index);
+                core.relieve();
             }
         }
-        self.ledger(core).release(Self::fixed_bytes(core));
+        // What happened here stays on record: with the client, or (of a shared pool, whose events
+        // its clients counted too) nowhere.
+        if !self.is_shared() {
+            self.payer.tally.absorb(&self.tally.sum());
+        }
+        core.remove_space(self.number);
+        let bytes = Self::fixed_bytes(core);
+        self.payer.release(bytes);
+        core.budget.release(bytes);
         removed
     }
 
-    /// Bytes of its blocks, its index and its structures.
-    pub(crate) fn held_bytes(&self, core: &Core) -> u64 {
-        let index: u64 = self
-            .shards
+    /// Bytes that its index has allocated.
+    pub(crate) fn index_bytes(&self) -> u64 {
+        self.shards
             .iter()
             .map(|shard| shard.index_bytes.load(Relaxed))
-            .sum();
-        self.block_bytes.load(Relaxed) + index + Self::fixed_bytes(core)
+            .sum()
     }
 
     pub(crate) fn stats(&self, core: &Core) -> PoolStats {
-        self.tally.read(self.held_bytes(core), 0, 0)
+        let sum = self.tally.sum();
+        let held = sum.stored.billed_bytes + self.index_bytes() + Self::fixed_bytes(core);
+        sum.read(held, 0, 0)
+    }
+}
+
+impl Shard {
+    /// To be called before the lock is let go, whenever tables grew or shrank.
+    pub(crate) fn publish(&self, index: &Index) {
+        self.index_bytes.store(index.held_bytes(), Relaxed);
     }
 }

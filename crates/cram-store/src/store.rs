@@ -3,23 +3,33 @@
 //! The store itself: its clients, its figures.
 
 use std::collections::BTreeMap;
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::sync::Arc;
+use std::time::Duration;
 
-use parking_lot::RwLock;
-
+use crate::account::Holder;
+use crate::arena::{Arena, Opened, now};
+use crate::budget::Budget;
+use crate::catalogue::NAME_BYTES_MAX;
 use crate::client::Client;
 use crate::config::{StoreConfig, StoreError};
-use crate::core::Core;
+use crate::core::{Core, layout_for};
+use crate::domain::Domain;
+use crate::maintain::Keeper;
+use crate::policy::ReclaimTarget;
+use crate::recompress::Repacker;
+use crate::recover::{Recovery, recover};
 use crate::stats::StoreStats;
+use crate::sync::RwLock;
 
 /// One pool of compressed pages, for all guests of a host. See the crate's text.
 pub struct Store {
     pub(crate) core: Arc<Core>,
     config: StoreConfig,
     generation: u64,
+    recovery: Recovery,
     clients: RwLock<BTreeMap<String, Arc<Client>>>,
+    /// Ends with the store.
+    _keeper: Option<Keeper>,
 }
 
 impl std::fmt::Debug for Store {
@@ -30,21 +40,61 @@ impl std::fmt::Debug for Store {
     }
 }
 
+/// How many bytes of the store are how old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AgeBytes {
+    /// Seconds since the youngest of these pages was put, or got, at the most. Each bound is twice
+    /// the one before.
+    pub age_s_max: u64,
+    /// Bytes of their records in the arena.
+    pub bytes: u64,
+}
+
 impl Store {
-    /// Makes an empty store. Memory is taken from the host as pages come, not now.
+    /// Opens a store: an empty one, or, if its arena is a file that holds one already, the one that
+    /// is there, with every client, pool and page. Memory is taken from the host as pages come, not
+    /// now.
     ///
     /// # Errors
-    /// When the configuration asks for what cannot be; the text says what can.
+    /// When the configuration asks for what cannot be, or the arena cannot be opened; the text says
+    /// what can be done.
     pub fn new(config: StoreConfig) -> Result<Arc<Self>, StoreError> {
         config.checked()?;
-        // The keys come from the operating system's random numbers.
-        let generation = RandomState::new().hash_one("generation").max(1);
-        let core = Arc::new(Core::new(config.capacity_bytes));
+        let capacity_bytes = config.capacity_bytes;
+        let budget = Arc::new(Budget::new(capacity_bytes));
+        let opened = Arena::open(&config.backing, layout_for(capacity_bytes), budget.clone())?;
+        let does_not_fit = || StoreError::DoesNotFit { capacity_bytes };
+        opened.adopt().map_err(|_| does_not_fit())?;
+        let Opened {
+            arena,
+            generation,
+            found,
+            is_after_reboot,
+        } = opened;
+
+        let Some(core) = Core::new(&config, arena, budget) else {
+            return Err(does_not_fit());
+        };
+        let recovered = recover(&core, &found, is_after_reboot);
+        let (recovery, accounts) = recovered.map_err(|_| does_not_fit())?;
+        let core = Arc::new(core);
+        let clients = accounts
+            .into_iter()
+            .map(|known| {
+                let client = Client::recovered(core.clone(), known, &config);
+                (client.name().to_owned(), Arc::new(client))
+            })
+            .collect();
+        let keeper = config
+            .background
+            .and_then(|background| Keeper::start(&core, background));
         Ok(Arc::new(Self {
             core,
             config,
             generation,
-            clients: RwLock::default(),
+            recovery,
+            clients: RwLock::new(clients),
+            _keeper: keeper,
         }))
     }
 
@@ -57,6 +107,32 @@ impl Store {
         name: &str,
         quota_bytes: Option<u64>,
     ) -> Result<Arc<Client>, StoreError> {
+        self.add_client_to(name, quota_bytes, None)
+    }
+
+    /// Adds a client to a sharing group, which is made if there is none of that name: equal pages of
+    /// all its clients are stored once. They must trust each other, since each can learn from how
+    /// fast a page is stored whether another has it.
+    ///
+    /// # Errors
+    /// As [`Self::add_client`].
+    pub fn add_client_to_group(
+        &self,
+        name: &str,
+        quota_bytes: Option<u64>,
+        group: &str,
+    ) -> Result<Arc<Client>, StoreError> {
+        check_name(group)?;
+        self.add_client_to(name, quota_bytes, Some(group))
+    }
+
+    fn add_client_to(
+        &self,
+        name: &str,
+        quota_bytes: Option<u64>,
+        group: Option<&str>,
+    ) -> Result<Arc<Client>, StoreError> {
+        check_name(name)?;
         let mut clients = self.clients.write();
         if clients.contains_key(name) {
             return Err(StoreError::ClientExists {
@@ -67,11 +143,30 @@ impl Store {
         if clients.len() >= limit as usize {
             return Err(StoreError::TooManyClients { limit });
         }
-        let max_pools = self.config.max_pools_per_client;
-        let client = Client::new(self.core.clone(), name, quota_bytes, max_pools);
-        let client = Arc::new(client.ok_or(StoreError::NoRoom)?);
+        let core = &self.core;
+        let group = group.map(|group| self.group(group).ok_or(StoreError::NoRoom));
+        let group = group.transpose()?;
+        let number = group.as_ref().map(|group| group.number());
+        let account = core.add_account(Holder::Client, number, name, quota_bytes);
+        let account = account.ok_or(StoreError::NoRoom)?;
+        let domain = group.unwrap_or_else(|| core.own_domain(&account));
+        let client = Client::new(core.clone(), account, domain, &self.config);
+        let client = Arc::new(client);
         clients.insert(name.to_owned(), client.clone());
         Ok(client)
+    }
+
+    /// The sharing group of that name.
+    fn group(&self, name: &str) -> Option<Arc<Domain>> {
+        let core = &self.core;
+        let is_it = |domain: &&Arc<Domain>| {
+            domain.account.holder == Holder::SharingGroup && domain.account.name == name
+        };
+        if let Some(domain) = core.domains.read().values().find(is_it) {
+            return Some(domain.clone());
+        }
+        let account = core.add_account(Holder::SharingGroup, None, name, None)?;
+        Some(core.own_domain(&account))
     }
 
     /// Removes a client, with its pools and all pages in them; whether there was one of that name.
@@ -105,11 +200,17 @@ impl Store {
         self.core.budget.capacity_bytes()
     }
 
-    /// A random number, not 0, that differs from one store's life to the next: by it a guest sees
-    /// that its pages are gone.
+    /// A random number, not 0, that differs from one arena to the next: by it a guest sees that its
+    /// pages are gone. A store that was opened again has the one that it had.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// What was found in the arena when the store was opened.
+    #[must_use]
+    pub fn recovery(&self) -> &Recovery {
+        &self.recovery
     }
 
     /// How close the store is to refusing puts: 0 while less than three quarters of the capacity
@@ -120,9 +221,90 @@ impl Store {
         self.core.pressure()
     }
 
-    /// The store's figures. Takes no lock.
+    /// What a client should take back so that the store comes below its low watermark: clients that
+    /// use more than their share (by weight) give first, each in proportion to what is beyond it.
+    /// A client that is over its quota gives back at least that.
+    #[must_use]
+    pub fn reclaim_target(&self, client: &Client) -> ReclaimTarget {
+        self.core.reclaim_target(client.account())
+    }
+
+    /// Moves what lives together, and gives all that is free back to the host (as zram's `compact`).
+    /// How many spans of the arena were emptied. Others go on meanwhile.
+    pub fn compact(&self) -> u64 {
+        self.core.compact_all()
+    }
+
+    /// Packs pages once more, with zstd, that were neither put nor got for so long (as zram's
+    /// `recompress`). The background thread does the same when the store is idle.
+    pub fn recompress(&self, cold_after: Duration) {
+        let mut repacker = Repacker::new();
+        // Each span is looked at once; the bound is for when others put and flush all the time.
+        let most = 2 * self.core.arena.layout().spans;
+        for _ in 0..most {
+            if !self
+                .core
+                .recompress_some(&mut repacker, cold_after, usize::MAX)
+            {
+                break;
+            }
+        }
+    }
+
+    /// The store's figures. Takes no lock that puts or gets wait for.
     #[must_use]
     pub fn stats(&self) -> StoreStats {
         self.core.stats()
+    }
+
+    /// How many images there are of each size: the greatest size of a bucket of 64 bytes, and the
+    /// count; empty buckets are left out.
+    #[must_use]
+    pub fn size_histogram(&self) -> Vec<(u64, u64)> {
+        self.core.sizes.read()
+    }
+
+    /// How cold is how much, the youngest first.
+    #[must_use]
+    pub fn age_distribution(&self) -> Vec<AgeBytes> {
+        const BOUNDS: u32 = 24;
+        let time = now();
+        let mut ages: Vec<_> = (0..BOUNDS)
+            .map(|bound| AgeBytes {
+                age_s_max: 1 << bound,
+                bytes: 0,
+            })
+            .collect();
+        let layout = self.core.arena.layout();
+        for info in self.core.arena.spans().in_use() {
+            let age = if info.is_sealed {
+                time.saturating_sub(info.born)
+            } else {
+                0
+            };
+            let entry = ages.iter().position(|entry| age <= entry.age_s_max);
+            if let Some(entry) = ages.get_mut(entry.unwrap_or(BOUNDS as usize - 1)) {
+                entry.bytes += layout.bytes_of(info.live);
+            }
+        }
+        let used = ages.iter().rposition(|entry| entry.bytes > 0);
+        ages.truncate(used.map_or(0, |last| last + 1));
+        ages
+    }
+
+    /// Records that were found damaged beyond repair since the store was opened, and flipped bits of
+    /// headers that were corrected.
+    #[must_use]
+    pub fn damage(&self) -> (u64, u64) {
+        let arena = &self.core.arena;
+        (arena.damaged_records(), arena.corrected_bits())
+    }
+}
+
+fn check_name(name: &str) -> Result<(), StoreError> {
+    if (1..=NAME_BYTES_MAX).contains(&name.len()) {
+        Ok(())
+    } else {
+        Err(StoreError::BadName { bytes: name.len() })
     }
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! How the index's tables grow and shrink: every byte is reserved with the
-//! [`Ledger`] before it is allocated, the new table beside the old one while
+//! [`Budget`] before it is allocated, the new table beside the old one while
 //! both exist, and released after it was freed. `bytes` is always the running
 //! sum of what the tables of one shard have allocated.
 
 use hashbrown::HashTable;
 
-use crate::budget::{Ledger, Shortage, malloc_bytes};
+use crate::budget::{Budget, Shortage, malloc_bytes};
 use crate::leaf::{Leaf, slots_bytes};
 
 /// What a table of so many leaves takes, in bytes.
@@ -25,15 +25,15 @@ pub(crate) fn resize_slots(
     leaf: &mut Leaf,
     capacity: usize,
     bytes: &mut u64,
-    ledger: Ledger<'_>,
+    budget: &Budget,
 ) -> Result<(), Shortage> {
     let (old, new) = (leaf.held_bytes(), slots_bytes(capacity));
-    ledger.reserve(new)?;
+    budget.reserve(new)?;
     if !leaf.set_capacity(capacity) {
-        ledger.release(new);
+        budget.release(new);
         return Err(Shortage::Store);
     }
-    ledger.release(old);
+    budget.release(old);
     *bytes = *bytes + new - old;
     Ok(())
 }
@@ -42,19 +42,19 @@ pub(crate) fn resize_slots(
 pub(crate) fn resize_leaves(
     leaves: &mut Vec<Leaf>,
     bytes: &mut u64,
-    ledger: Ledger<'_>,
+    budget: &Budget,
 ) -> Result<(), Shortage> {
     let capacity = leaves.len() + (leaves.len() / 2).max(2);
     let (old, new) = (leaves_bytes(leaves.capacity()), leaves_bytes(capacity));
-    ledger.reserve(new)?;
+    budget.reserve(new)?;
     let mut moved = Vec::new();
     if moved.try_reserve_exact(capacity).is_err() {
-        ledger.release(new);
+        budget.release(new);
         return Err(Shortage::Store);
     }
     moved.append(leaves);
     *leaves = moved;
-    ledger.release(old);
+    budget.release(old);
     *bytes = *bytes + new - old;
     Ok(())
 }
@@ -69,18 +69,18 @@ fn grown_table_bytes<T>(table: &HashTable<T>) -> u64 {
 pub(crate) fn grow_table<T>(
     table: &mut HashTable<T>,
     bytes: &mut u64,
-    ledger: Ledger<'_>,
+    budget: &Budget,
     hasher: impl Fn(&T) -> u64,
 ) -> Result<(), Shortage> {
     if table.len() < table.capacity() {
         return Ok(());
     }
     let (old, most) = (table_bytes(table), grown_table_bytes(table));
-    ledger.reserve(most)?;
+    budget.reserve(most)?;
     let grown = table.try_reserve(1, hasher);
     let new = table_bytes(table);
     debug_assert!(new <= most.max(old));
-    ledger.release(most + old - new);
+    budget.release(most + old - new);
     *bytes = *bytes + new - old;
     grown.map_err(|_| Shortage::Store)
 }
@@ -89,7 +89,7 @@ pub(crate) fn grow_table<T>(
 pub(crate) fn shrink_table<T>(
     table: &mut HashTable<T>,
     bytes: &mut u64,
-    ledger: Ledger<'_>,
+    budget: &Budget,
     hasher: impl Fn(&T) -> u64,
 ) {
     if table.capacity() < 64 || table.len() >= table.capacity() / 8 {
@@ -98,7 +98,7 @@ pub(crate) fn shrink_table<T>(
     let old = table_bytes(table);
     // A quarter of the capacity stays, rounded up to a power of two.
     let most = old / 2 + 64;
-    if ledger.reserve(most).is_err() {
+    if budget.reserve(most).is_err() {
         return;
     }
     let mut smaller = HashTable::new();
@@ -110,26 +110,21 @@ pub(crate) fn shrink_table<T>(
     }
     let new = table_bytes(table);
     debug_assert!(new <= most || new == old);
-    ledger.release(most + old - new);
+    budget.release(most + old - new);
     *bytes = *bytes + new - old;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::budget::{Account, Budget};
 
     /// Grows and shrinks a table step by step, and compares the bill with the allocation.
     #[test]
     fn a_hash_table_is_billed_for_what_it_allocates() {
-        let (budget, account) = (Budget::new(1 << 20), Account::new(None));
-        let ledger = Ledger {
-            budget: &budget,
-            account: &account,
-        };
+        let budget = Budget::new(1 << 20);
         let hash = |number: &u32| u64::from(*number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let (mut table, mut bytes, mut number) = (HashTable::new(), 0, 0_u32);
-        while grow_table(&mut table, &mut bytes, ledger, hash).is_ok() {
+        while grow_table(&mut table, &mut bytes, &budget, hash).is_ok() {
             table.insert_unique(hash(&number), number, hash);
             assert_eq!((bytes, budget.held_bytes()), (table_bytes(&table), bytes));
             number += 1;
@@ -140,7 +135,7 @@ mod tests {
                 .find_entry(hash(&number), |entry| *entry == number)
                 .unwrap()
                 .remove();
-            shrink_table(&mut table, &mut bytes, ledger, hash);
+            shrink_table(&mut table, &mut bytes, &budget, hash);
             assert_eq!((bytes, budget.held_bytes()), (table_bytes(&table), bytes));
         }
         assert!(bytes < 1000, "{bytes}");

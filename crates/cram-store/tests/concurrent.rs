@@ -20,9 +20,8 @@ use std::thread;
 
 use cram_store::{
     Client, GetResult, ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store,
-    StoreConfig,
 };
-use pages::{Content, page_of, some_content};
+use pages::{Content, page_of, some_content, store_of};
 
 const UUID: [u8; 16] = [3; 16];
 const KINDS: [PoolKind; 3] = [
@@ -41,14 +40,6 @@ impl Random {
         self.0 ^= self.0 << 17;
         self.0 % limit
     }
-}
-
-fn store_of(capacity_bytes: u64) -> Arc<Store> {
-    Store::new(StoreConfig {
-        capacity_bytes,
-        ..StoreConfig::default()
-    })
-    .unwrap()
 }
 
 fn client_of(store: &Store, name: &str, quota: Option<u64>) -> Arc<Client> {

@@ -13,17 +13,14 @@
 
 mod pages;
 
-use cram_store::{
-    GetResult, ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store,
-    StoreConfig,
-};
-use pages::{Content, page_of};
+use cram_store::{GetResult, ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch};
+use pages::{Content, page_of, store_of};
 
 const OBJECT: ObjectId = ObjectId([5, 6, 7]);
 
 #[test]
 fn every_flipped_bit_is_noticed() {
-    let store = Store::new(StoreConfig::default()).unwrap();
+    let store = store_of(64 << 20);
     let client = store.add_client("a", None).unwrap();
     client.authorise([1; 16]);
     let kinds = [

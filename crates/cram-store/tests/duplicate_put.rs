@@ -16,10 +16,9 @@
 mod pages;
 
 use cram_store::{
-    GetResult, ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Refusal, Scratch, Store,
-    StoreConfig,
+    GetResult, ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Refusal, Scratch,
 };
-use pages::{Content, content, page_of};
+use pages::{Content, content, page_of, store_of};
 use proptest::prelude::*;
 
 const UUID: [u8; 16] = [7; 16];
@@ -65,8 +64,7 @@ proptest! {
         second in content(),
         index: u32,
     ) {
-        let config = StoreConfig { capacity_bytes: 512 << 10, ..StoreConfig::default() };
-        let store = Store::new(config).unwrap();
+        let store = store_of(512 << 10);
         let client = store.add_client("one", Some(300 << 10)).unwrap();
         client.authorise(UUID);
         client.new_pool(PoolId(0), PoolSpec { kind, refuse_incompressible }).unwrap();

@@ -15,8 +15,8 @@
 
 mod pages;
 
-use cram_store::{ObjectId, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store, StoreConfig};
-use pages::{page_of, some_content};
+use cram_store::{ObjectId, PoolId, PoolKind, PoolSpec, PutResult, Scratch};
+use pages::{page_of, some_content, store_of};
 
 const CAPACITY_BYTES: u64 = 32 << 20;
 /// What the process may take beyond the store: stacks, the test's own pages, the allocator's slack.
@@ -39,11 +39,7 @@ fn resident_bytes() -> u64 {
 
 #[test]
 fn held_bytes_are_what_the_process_takes() {
-    let config = StoreConfig {
-        capacity_bytes: CAPACITY_BYTES,
-        ..StoreConfig::default()
-    };
-    let store = Store::new(config).unwrap();
+    let store = store_of(CAPACITY_BYTES);
     let client = store.add_client("a", None).unwrap();
     let spec = PoolSpec {
         kind: PoolKind::Persistent,

@@ -5,8 +5,24 @@
 // Each test program uses its own part of this.
 #![allow(dead_code, unreachable_pub)]
 
-use cram_store::{PAGE_SIZE, Page};
+use std::sync::Arc;
+
+use cram_store::{PAGE_SIZE, Page, Store, StoreConfig};
 use proptest::prelude::*;
+
+/// A configuration without a background thread: with one, a store is never quite at rest, which
+/// [`Store::check`] wants it to be.
+pub fn config_of(capacity_bytes: u64) -> StoreConfig {
+    StoreConfig {
+        capacity_bytes,
+        background: None,
+        ..StoreConfig::default()
+    }
+}
+
+pub fn store_of(capacity_bytes: u64) -> Arc<Store> {
+    Store::new(config_of(capacity_bytes)).unwrap()
+}
 
 /// How a page is made; together with a number it says every byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

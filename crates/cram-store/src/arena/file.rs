@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The file that an arena is in: made, opened, recognised or refused.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{
+    FlockOperation, MemfdFlags, SealFlags, SeekFrom as Whence, fcntl_add_seals, flock, fstat,
+    fstatfs, ftruncate, memfd_create, seek,
+};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use super::region::Region;
+use super::span_header::{SPAN_HEADER_BYTES, SpanHeader, read_header};
+use super::spans::Spans;
+use super::superblock::{SUPERBLOCK_BYTES, Superblock, Unreadable};
+use super::{Arena, Layout, Secret};
+use crate::budget::{Budget, Shortage};
+use crate::sync::atomic::AtomicU64;
+
+/// Where the arena is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Backing {
+    /// In memory that ends with the process.
+    #[default]
+    Memory,
+    /// In this file, which is made if it is not there: under /dev/shm or on hugetlbfs, it is memory
+    /// that outlives the process; elsewhere it is a file that the system writes to its disk. The
+    /// store finds its pages in it again.
+    File(PathBuf),
+}
+
+/// Why an arena could not be opened.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ArenaError {
+    /// The system refused something.
+    #[error("{what} {}: {error}", path.display())]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Another process has it open.
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    /// Neither empty nor an arena. It is left as it is.
+    #[error("{} is not an arena, and not empty; give another path, or remove it", .0.display())]
+    Foreign(PathBuf),
+    /// An arena of another version of the format.
+    #[error(
+        "{} has version {found} of the format, and this program reads version {}; \
+         open it with the program that made it",
+        path.display(), super::FORMAT_VERSION
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// The version that it has.
+        found: u32,
+    },
+    /// An arena whose first bytes are damaged beyond repair, or that was cut short.
+    #[error("{} is damaged: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// It was made for another capacity.
+    #[error(
+        "{} was made for a capacity of {found} bytes, not of {wanted}; \
+         give that capacity, or remove the file and what is in it",
+        path.display()
+    )]
+    Capacity {
+        /// The file.
+        path: PathBuf,
+        /// The capacity that it was made for, in bytes.
+        found: u64,
+        /// The one that was asked for, in bytes.
+        wanted: u64,
+    },
+}
+
+/// An arena that was opened, and what is to be done with it.
+pub(crate) struct Opened {
+    pub(crate) arena: Arena,
+    pub(crate) generation: u64,
+    /// The spans that were in use, and how many granules of each have memory; empty in a new arena.
+    pub(crate) found: Vec<(SpanHeader, u32)>,
+    /// The machine was started anew since the file was last used: what was written last may be
+    /// missing from it, so nothing is to be believed that is not verified.
+    pub(crate) is_after_reboot: bool,
+}
+
+const MEMORY_NAME: &str = "cram-arena";
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+/// Larger pages than this are no use as spans.
+const HUGE_PAGE_BYTES_MAX: u64 = 32 << 20;
+
+impl Arena {
+    /// Opens an arena, or makes one, of `layout` (or of larger spans, if the file system wants).
+    pub(crate) fn open(
+        backing: &Backing,
+        mut layout: Layout,
+        budget: Arc<Budget>,
+    ) -> Result<Opened, ArenaError> {
+        let capacity_bytes = budget.capacity_bytes();
+        let (file, path) = match backing {
+            Backing::Memory => (memory_file(), Path::new(MEMORY_NAME)),
+            Backing::File(path) => (named_file(path), path.as_path()),
+        };
+        let failed = |what| {
+            let path = path.to_owned();
+            move |error: io::Error| ArenaError::System { what, path, error }
+        };
+        let file = file.map_err(failed("cannot open"))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => (),
+            Err(Errno::WOULDBLOCK) => return Err(ArenaError::InUse(path.to_owned())),
+            Err(error) => return Err(failed("cannot lock")(error.into())),
+        }
+        let boot_id = boot_id();
+        let superblock = match read_superblock(&file).map_err(failed("cannot read"))? {
+            Ok(superblock) => Some(superblock),
+            Err(Unreadable::Blank) => None,
+            Err(Unreadable::Foreign) => return Err(ArenaError::Foreign(path.to_owned())),
+            Err(Unreadable::Version(found)) => {
+                let path = path.to_owned();
+                return Err(ArenaError::Version { path, found });
+            }
+            Err(Unreadable::Damaged) => return Err(damaged(path, "its first bytes say nothing")),
+        };
+        let is_new = superblock.is_none();
+        let mut superblock = match superblock {
+            Some(found) => {
+                let len = fstat(&file).map_err(|error| failed("cannot stat")(error.into()))?;
+                if u64::try_from(len.st_size).unwrap_or(0) < found.len_bytes {
+                    return Err(damaged(path, "it was cut short"));
+                }
+                layout = Layout {
+                    span_shift: found.span_shift,
+                    granule_shift: found.granule_shift,
+                    spans: u32::try_from(found.len_bytes >> found.span_shift)
+                        .map_err(|_| damaged(path, "it is too long"))?,
+                };
+                let expected = fitted(layout, capacity_bytes);
+                if layout != expected {
+                    return Err(ArenaError::Capacity {
+                        path: path.to_owned(),
+                        found: layout.len_bytes() - layout.span_bytes(),
+                        wanted: capacity_bytes,
+                    });
+                }
+                found
+            }
+            None => {
+                if let Some(page_bytes) = huge_page_bytes(&file) {
+                    layout.span_shift = layout.span_shift.max(page_bytes.ilog2());
+                }
+                layout = fitted(layout, capacity_bytes);
+                ftruncate(&file, layout.len_bytes())
+                    .map_err(|error| failed("cannot enlarge")(error.into()))?;
+                Superblock {
+                    span_shift: layout.span_shift,
+                    granule_shift: layout.granule_shift,
+                    len_bytes: layout.len_bytes(),
+                    generation: 0,
+                    boot_id,
+                    secret: Secret::new([0; Secret::BYTES]),
+                }
+            }
+        };
+        let region = Region::map(file, layout.len_bytes()).map_err(failed("cannot map"))?;
+        region
+            .populate(0, SUPERBLOCK_BYTES)
+            .map_err(failed("no memory for"))?;
+        if is_new {
+            let mut bytes = [0; Secret::BYTES + 8];
+            random(&mut bytes).map_err(failed("cannot make a secret for"))?;
+            let (secret, generation) = bytes.split_at(Secret::BYTES);
+            let mut own = [0; Secret::BYTES];
+            own.copy_from_slice(secret);
+            superblock.secret = Secret::new(own);
+            superblock.generation =
+                u64::from_le_bytes(generation.try_into().unwrap_or([1; 8])).max(1);
+        }
+        let is_after_reboot = !is_new && superblock.boot_id != boot_id;
+        superblock.boot_id = boot_id;
+        superblock.write(&region);
+        let salt = superblock.secret.number(0);
+        let found = if is_new {
+            Vec::new()
+        } else {
+            find_spans(&region, layout, salt)
+        };
+        Ok(Opened {
+            generation: superblock.generation,
+            arena: Self {
+                layout,
+                salt,
+                secret: superblock.secret,
+                spans: Spans::new(region, layout, budget, salt),
+                damaged: AtomicU64::new(0),
+                corrected: AtomicU64::new(0),
+            },
+            found,
+            is_after_reboot,
+        })
+    }
+}
+
+impl Opened {
+    /// Takes the spans that were found for spans in use.
+    pub(crate) fn adopt(&self) -> Result<(), Shortage> {
+        self.arena.spans.adopt(&self.found)
+    }
+}
+
+/// The headers of all spans that have one, and how many granules of each have memory.
+fn find_spans(region: &Region, layout: Layout, salt: u64) -> Vec<(SpanHeader, u32)> {
+    (1..layout.spans)
+        .filter_map(|span| {
+            let bytes = data_bytes(region, layout, span);
+            if bytes < SPAN_HEADER_BYTES as u64 {
+                return None;
+            }
+            let header = read_header(region, layout, span, salt)?;
+            Some((header, layout.granules_of(bytes)))
+        })
+        .collect()
+}
+
+/// The layout with as many spans as a capacity has room for, and one for the superblock.
+pub(crate) fn fitted(layout: Layout, capacity_bytes: u64) -> Layout {
+    let spans = (capacity_bytes >> layout.span_shift).max(1) + 1;
+    Layout {
+        spans: u32::try_from(spans).unwrap_or(u32::MAX),
+        ..layout
+    }
+}
+
+fn damaged(path: &Path, what: &'static str) -> ArenaError {
+    ArenaError::Damaged {
+        path: path.to_owned(),
+        what,
+    }
+}
+
+fn memory_file() -> io::Result<OwnedFd> {
+    let file = memfd_create(MEMORY_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    // Nobody can make it shorter under us.
+    fcntl_add_seals(&file, SealFlags::SHRINK)?;
+    Ok(file)
+}
+
+fn named_file(path: &Path) -> io::Result<OwnedFd> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    let file = options.mode(0o600).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not an ordinary file",
+        ));
+    }
+    Ok(file.into())
+}
+
+/// For how many bytes from the beginning of a span on the file has memory (or blocks). To look at a
+/// hole through the mapping would have the host give memory for it.
+fn data_bytes(region: &Region, layout: Layout, span: u32) -> u64 {
+    let (at, whole) = (layout.span_at(span), layout.span_bytes());
+    match seek(region.file(), Whence::Data(at)) {
+        Ok(data) if data == at => (),
+        Ok(_) | Err(Errno::NXIO) => return 0,
+        // A file system that cannot tell.
+        Err(_) => return whole,
+    }
+    match seek(region.file(), Whence::Hole(at)) {
+        Ok(hole) => (hole - at).min(whole),
+        Err(_) => whole,
+    }
+}
+
+/// Reads through the file, not the mapping: it may be shorter than it should be.
+fn read_superblock(file: &OwnedFd) -> io::Result<Result<Superblock, Unreadable>> {
+    let file = File::from(file.try_clone()?);
+    let mut bytes = Vec::new();
+    (&file).seek(SeekFrom::Start(0))?;
+    (&file).take(SUPERBLOCK_BYTES).read_to_end(&mut bytes)?;
+    if bytes.is_empty() {
+        return Ok(Err(Unreadable::Blank));
+    }
+    let read = Superblock::read(&bytes);
+    if read == Err(Unreadable::Blank) && !is_hole(&file)? {
+        return Ok(Err(Unreadable::Foreign));
+    }
+    Ok(read)
+}
+
+/// Whether nothing was ever written to a file: an arena whose maker was killed at once.
+fn is_hole(file: &File) -> io::Result<bool> {
+    match seek(file.as_fd(), Whence::Data(0)) {
+        Err(Errno::NXIO) => Ok(true),
+        Ok(at) => {
+            // Memory may have been given for the first bytes, which are zero, as we know.
+            let mut rest = [0; 4096];
+            let read = file.read_at(&mut rest, at)?;
+            let next = seek(file.as_fd(), Whence::Data(SUPERBLOCK_BYTES));
+            Ok(at < SUPERBLOCK_BYTES
+                && rest[..read].iter().all(|byte| *byte == 0)
+                && next == Err(Errno::NXIO))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn huge_page_bytes(file: &OwnedFd) -> Option<u64> {
+    let about = fstatfs(file).ok()?;
+    if i64::from(about.f_type) != HUGETLBFS_MAGIC {
+        return None;
+    }
+    u64::try_from(about.f_bsize)
+        .ok()
+        .filter(|bytes| bytes.is_power_of_two() && *bytes <= HUGE_PAGE_BYTES_MAX)
+}
+
+fn random(bytes: &mut [u8]) -> io::Result<()> {
+    File::open("/dev/urandom")?.read_exact(bytes)
+}
+
+/// Differs from one start of the machine to the next; all zero where it cannot be known.
+fn boot_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits = text
+        .bytes()
+        .filter_map(|byte| char::from(byte).to_digit(16));
+    for (at, digit) in digits.take(32).enumerate() {
+        if let Some(byte) = id.get_mut(at / 2) {
+            // A digit has 4 bits.
+            *byte = *byte << 4 | u8::try_from(digit).unwrap_or(0);
+        }
+    }
+    id
+}

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The life of a span, in one atomic word.
+//!
+//! ```text
+//!   Free ──open──► Open ──seal──► Sealed ──(no live granule, no pin)──► Free
+//! ```
+//!
+//! A span is filled from its beginning to its end while it is open, and never
+//! again once it is sealed. Records in it die one by one; when the last one is
+//! dead and nobody reads any, the span is free and may be filled anew. Who
+//! reads a record without holding a lock *pins* its span meanwhile. All of this
+//! is in one word, so that exactly one thread sees a span become free, and
+//! none is freed under a reader.
+
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+
+#[cfg(not(loom))]
+use crate::sync::atomic::{AtomicU64, Ordering};
+
+/// Live granules: the lowest 24 bits.
+const LIVE_MASK: u64 = (1 << 24) - 1;
+/// Pins: the next 32 bits. More threads than that there are not.
+const PIN: u64 = 1 << 24;
+const PIN_MASK: u64 = u32::MAX as u64 * PIN;
+/// The state: the highest bits.
+const STATE_UNIT: u64 = 1 << 56;
+const STATE_MASK: u64 = 0xff * STATE_UNIT;
+const OPEN: u64 = STATE_UNIT;
+const SEALED: u64 = 2 * STATE_UNIT;
+
+/// The word. Invariant: pins and live granules are never taken off more often than put on; only
+/// who opened a span seals it.
+pub(crate) struct Life(AtomicU64);
+
+/// The span has just become free, and it is the caller who has to take care of it.
+#[must_use]
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Freed(pub(crate) bool);
+
+impl Life {
+    /// Of a span that is free.
+    pub(crate) fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    pub(crate) fn live_granules(&self) -> u32 {
+        // Masked to 24 bits.
+        u32::try_from(self.0.load(Ordering::Acquire) & LIVE_MASK).unwrap_or(0)
+    }
+
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.0.load(Ordering::Acquire) & STATE_MASK == SEALED
+    }
+
+    pub(crate) fn is_free(&self) -> bool {
+        self.0.load(Ordering::Acquire) & STATE_MASK == 0
+    }
+
+    /// To be called by who took it from the list of free spans. (Pins may be there: see
+    /// [`Self::pin`].)
+    pub(crate) fn open(&self) {
+        self.0.fetch_add(OPEN, Ordering::AcqRel);
+    }
+
+    /// Nothing is added to it any more.
+    pub(crate) fn seal(&self) -> Freed {
+        let before = self.0.fetch_add(SEALED - OPEN, Ordering::AcqRel);
+        debug_assert_eq!(before & STATE_MASK, OPEN);
+        self.free_if_idle(before + SEALED - OPEN)
+    }
+
+    /// A record came. Only while it is open.
+    pub(crate) fn add_live(&self, granules: u32) {
+        self.0.fetch_add(u64::from(granules), Ordering::AcqRel);
+    }
+
+    /// A record died.
+    pub(crate) fn sub_live(&self, granules: u32) -> Freed {
+        let before = self.0.fetch_sub(u64::from(granules), Ordering::AcqRel);
+        debug_assert!(before & LIVE_MASK >= u64::from(granules));
+        self.free_if_idle(before - u64::from(granules))
+    }
+
+    /// Keeps a sealed span from being freed until [`Self::unpin`].
+    ///
+    /// Safe means: pinned while a lock is held that keeps one of its records alive. Or pinned at a
+    /// guess, if only afterwards it is seen that such a record had not been killed yet.
+    pub(crate) fn pin(&self) {
+        self.0.fetch_add(PIN, Ordering::AcqRel);
+    }
+
+    pub(crate) fn unpin(&self) -> Freed {
+        let before = self.0.fetch_sub(PIN, Ordering::AcqRel);
+        debug_assert_ne!(before & PIN_MASK, 0);
+        self.free_if_idle(before - PIN)
+    }
+
+    /// Frees it if it is sealed and neither lives nor is pinned, unless another thread does.
+    fn free_if_idle(&self, mut now: u64) -> Freed {
+        while now == SEALED {
+            match self
+                .0
+                .compare_exchange_weak(now, 0, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return Freed(true),
+                Err(changed) => now = changed,
+            }
+        }
+        Freed(false)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_span_is_freed_once_by_whoever_leaves_last() {
+        for last in ["death", "unpin", "seal"] {
+            let life = Life::new();
+            life.open();
+            life.add_live(5);
+            life.pin();
+            let mut freed = Vec::new();
+            if last != "seal" {
+                freed.push(life.seal());
+            }
+            if last != "death" {
+                freed.push(life.sub_live(5));
+            }
+            if last != "unpin" {
+                freed.push(life.unpin());
+            }
+            assert_eq!(freed, [Freed(false), Freed(false)]);
+            assert_eq!((life.is_free(), life.is_sealed()), (false, last != "seal"));
+            let freed = match last {
+                "death" => life.sub_live(5),
+                "unpin" => life.unpin(),
+                _ => life.seal(),
+            };
+            assert_eq!(freed, Freed(true));
+            assert!(life.is_free());
+        }
+    }
+}
+
+/// Run with `RUSTFLAGS="--cfg loom" cargo test -p cram-store --lib --release loom`: all schedules
+/// and all orders of memory that the language allows.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::cell::UnsafeCell;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    /// A span with one record, an index that says where the record is, and memory that is written
+    /// anew when the span was freed. loom fails the test when memory is read while it is written.
+    struct Model {
+        life: Life,
+        /// Whether the index (or the table of twins) leads to the record.
+        entry: AtomicU64,
+        memory: UnsafeCell<u32>,
+    }
+
+    // SAFETY: what the test is to prove; loom watches every access.
+    unsafe impl Sync for Model {}
+
+    impl Model {
+        fn new() -> Arc<Self> {
+            let model = Self {
+                life: Life::new(),
+                entry: AtomicU64::new(1),
+                memory: UnsafeCell::new(7),
+            };
+            model.life.open();
+            model.life.add_live(1);
+            Arc::new(model)
+        }
+
+        fn reuse(&self, Freed(is_mine): Freed) {
+            if is_mine {
+                self.life.open();
+                // SAFETY: as above.
+                self.memory.with_mut(|memory| unsafe { *memory = 8 });
+            }
+        }
+    }
+
+    /// Pins at a guess, then looks whether the guess was right: the way of the table of twins.
+    #[test]
+    fn loom_no_span_is_reused_under_a_reader() {
+        loom::model(|| {
+            let model = Model::new();
+            let reader = {
+                let model = model.clone();
+                thread::spawn(move || {
+                    model.life.pin();
+                    if model.entry.load(Ordering::SeqCst) == 1 {
+                        // SAFETY: as above.
+                        let seen = model.memory.with(|memory| unsafe { *memory });
+                        assert_eq!(seen, 7);
+                    }
+                    let freed = model.life.unpin();
+                    model.reuse(freed);
+                })
+            };
+            let killer = {
+                let model = model.clone();
+                thread::spawn(move || {
+                    model.entry.store(0, Ordering::SeqCst);
+                    let freed = model.life.sub_live(1);
+                    model.reuse(freed);
+                })
+            };
+            let freed = model.life.seal();
+            model.reuse(freed);
+            reader.join().unwrap();
+            killer.join().unwrap();
+            // SAFETY: both threads have ended.
+            let memory = model.memory.with(|memory| unsafe { *memory });
+            assert_eq!(memory, 8, "the span was freed once in any case");
+        });
+    }
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The background thread: what keeps a store dense and ready, at a bounded share
+//! of one processor.
+//!
+//! In this order: it has spans ready, so that puts need not wait for the host's
+//! memory; it gives spans back that are free and not needed; it compacts as long
+//! as enough is dead; and when nobody puts or gets, it packs cold pages once
+//! more. After each piece of work it sleeps as long as its share demands. With
+//! nothing to do it wakes once a second, for microseconds.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::compact::Step;
+use crate::core::Core;
+use crate::recompress::Repacker;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// What the background thread may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Background {
+    /// The share of one processor's time that compaction and recompression may take, in percent, 1
+    /// to 100.
+    pub cpu_percent: u32,
+    /// Pages that were neither put nor got for so long are packed once more; `None`: never.
+    pub cold_after: Option<Duration>,
+}
+
+impl Default for Background {
+    /// A quarter of a processor; cold after ten minutes.
+    fn default() -> Self {
+        Self {
+            cpu_percent: 25,
+            cold_after: Some(Duration::from_secs(600)),
+        }
+    }
+}
+
+/// How long the thread sleeps when there is nothing to do.
+const REST: Duration = Duration::from_secs(1);
+/// Over which time it looks whether the store is idle.
+const WATCH: Duration = Duration::from_millis(100);
+/// With fewer puts and gets than this in a second the store is idle.
+const IDLE_OPERATIONS_PER_S: u64 = 1000;
+/// Records packed before it looks again whether the store is still idle: less than a millisecond.
+const RECORDS: usize = 32;
+/// Spans that are kept ready while puts come in.
+const READY_SPANS: usize = 3;
+/// Of all that is held, this share (as 1 / n) may be dead before compaction begins.
+const DEAD_SHARE: u64 = 24;
+
+/// Wakes the background thread, if there is one.
+#[derive(Default)]
+pub(crate) struct Waker {
+    has_thread: AtomicBool,
+    is_wanted: AtomicBool,
+    /// Spans that were opened since the thread last looked.
+    opened: AtomicU64,
+    bell: Mutex<Bell>,
+    rung: Condvar,
+}
+
+#[derive(Default)]
+struct Bell {
+    is_rung: bool,
+    is_over: bool,
+}
+
+impl Waker {
+    /// A span was opened: there may be something to do. Cheap, and safe with any lock held but the
+    /// bell's.
+    pub(crate) fn wake(&self) {
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        if self.is_wanted.load(Ordering::Relaxed) {
+            self.ring(false);
+        }
+    }
+
+    /// Has the thread look at once; false when there is none.
+    pub(crate) fn call(&self) -> bool {
+        let has_thread = self.has_thread.load(Ordering::Relaxed);
+        if has_thread && self.is_wanted.load(Ordering::Relaxed) {
+            self.ring(false);
+        }
+        has_thread
+    }
+
+    fn ring(&self, is_over: bool) {
+        let mut bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
+        bell.is_rung = true;
+        bell.is_over |= is_over;
+        self.rung.notify_one();
+    }
+
+    /// Waits for the bell, `rest` at the most. True when it is all over.
+    fn sleep(&self, rest: Duration) -> bool {
+        self.is_wanted.store(true, Ordering::Relaxed);
+        let bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut bell, _) = self
+            .rung
+            .wait_timeout_while(bell, rest, |bell| !bell.is_rung)
+            .unwrap_or_else(PoisonError::into_inner);
+        bell.is_rung = false;
+        self.is_wanted.store(false, Ordering::Relaxed);
+        bell.is_over
+    }
+}
+
+/// The thread; dropping it ends it.
+pub(crate) struct Keeper {
+    core: Arc<Core>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Keeper {
+    /// `None` when the system has no thread to give: puts then do by themselves what must be done.
+    pub(crate) fn start(core: &Arc<Core>, background: Background) -> Option<Self> {
+        let own = core.clone();
+        let thread = thread::Builder::new()
+            .name("cram-keeper".into())
+            .spawn(move || run(&own, background))
+            .ok()?;
+        core.waker.has_thread.store(true, Ordering::Relaxed);
+        Some(Self {
+            core: core.clone(),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.core.waker.has_thread.store(false, Ordering::Relaxed);
+        self.core.waker.ring(true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(core: &Core, background: Background) {
+    // Whatever else runs on the machine goes first.
+    let _ = rustix::process::nice(10);
+    let mut round = Round::new(background);
+    while !core.waker.sleep(round.work(core)) {}
+}
+
+/// What the thread remembers from one round to the next.
+struct Round {
+    background: Background,
+    repacker: Repacker,
+    seen: Instant,
+    operations: u64,
+    is_idle: bool,
+}
+
+impl Round {
+    fn new(background: Background) -> Self {
+        Self {
+            background,
+            repacker: Repacker::new(),
+            seen: Instant::now(),
+            operations: 0,
+            is_idle: false,
+        }
+    }
+
+    /// Does a piece of work, if there is any; how long to sleep after it.
+    fn work(&mut self, core: &Core) -> Duration {
+        let opened = core.waker.opened.swap(0, Ordering::Relaxed);
+        self.make_ready(core, opened);
+        self.watch(core);
+        let began = Instant::now();
+        if !self.tidy(core) {
+            return REST;
+        }
+        // What was worked, the share allows; the rest is slept.
+        let share = self.background.cpu_percent.clamp(1, 100);
+        began.elapsed() * (100 - share) / share
+    }
+
+    /// Has spans ready while puts come in, and gives back what is too many.
+    fn make_ready(&self, core: &Core, opened: u64) {
+        let spans = core.arena.layout().spans as usize;
+        let ready = READY_SPANS.min(spans / 64);
+        if opened > 0 {
+            while core.arena.prepare(ready) {}
+        }
+        // A store that swings a little must not give back and take again all the time.
+        let spare = ready.max(spans / 64);
+        core.arena.trim(if opened > 0 { spare } else { 1 });
+    }
+
+    /// Looks how many puts and gets there were.
+    fn watch(&mut self, core: &Core) {
+        let elapsed = self.seen.elapsed();
+        if elapsed < WATCH {
+            return;
+        }
+        let operations = core.operations();
+        let done = operations.saturating_sub(self.operations);
+        let limit =
+            u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX) * IDLE_OPERATIONS_PER_S / 1000;
+        self.is_idle = done <= limit.max(1);
+        self.operations = operations;
+        self.seen = Instant::now();
+    }
+
+    /// One step of compaction or recompression. False when there is nothing to do.
+    fn tidy(&mut self, core: &Core) -> bool {
+        if core.is_worth_compacting() && core.compact_best() == Step::Emptied {
+            return true;
+        }
+        match self.background.cold_after {
+            Some(cold_after) if self.is_idle => {
+                core.recompress_some(&mut self.repacker, cold_after, RECORDS)
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Core {
+    fn operations(&self) -> u64 {
+        let stats = self.sum().read(0, 0, 0);
+        stats.puts + stats.gets
+    }
+
+    /// Whether so much is dead that compaction should begin: a 24th of what is held, and more than
+    /// a few spans.
+    fn is_worth_compacting(&self) -> bool {
+        let layout = self.arena.layout();
+        let (mut dead, mut filled) = (0_u64, 0_u64);
+        for info in self.arena.spans().in_use().filter(|info| info.is_sealed) {
+            dead += u64::from(info.dead(layout));
+            filled += u64::from(info.filled);
+        }
+        dead > 2 * u64::from(layout.span_granules()) && dead > filled / DEAD_SHARE
+    }
+}

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Storing equal pages of a domain once. See [`crate::domain`] and
+//! [`crate::twins`].
+
+use std::sync::Arc;
+
+use crate::Page;
+use crate::arena::{Header, Kind, Pin, Place, Record, Role, Urgency};
+use crate::codec::Scratch;
+use crate::core::{Core, Target};
+use crate::domain::Domain;
+use crate::index::Key;
+use crate::queue::{Class, Visit};
+use crate::space::{Incoming, Space};
+use crate::sums::Content;
+
+/// What came of looking for a twin.
+enum Twin {
+    /// The page itself: it was put again as it was.
+    Same,
+    /// An image, on which a reference was taken.
+    Image(u32),
+}
+
+/// Whose a record is.
+enum Owner {
+    Image,
+    Page(Arc<Space>, Key),
+}
+
+/// Who puts a page, and which.
+#[derive(Clone, Copy)]
+struct Putting<'a> {
+    space: &'a Space,
+    domain: &'a Domain,
+    key: &'a Key,
+    content: Content,
+    worker: usize,
+}
+
+impl Core {
+    /// Stores a page by the bytes of an equal one, if there is such a one. False when there is none,
+    /// or something stood in the way: then the page is to be stored as any other.
+    pub(crate) fn put_as_twin(
+        &self,
+        space: &Space,
+        domain: &Domain,
+        key: &Key,
+        page: &Page,
+        content: Content,
+        scratch: &mut Scratch,
+    ) -> bool {
+        let putting = Putting {
+            space,
+            domain,
+            key,
+            content,
+            worker: scratch.head(),
+        };
+        let twin = self
+            .twins
+            .find(&self.arena, domain.number(), content, |place, pin| {
+                self.try_twin(&putting, place, pin, page, scratch)
+            });
+        match twin {
+            None => false,
+            Some(Twin::Same) => true,
+            Some(Twin::Image(number)) => {
+                let is_stored = self.enter_alias(&putting, number);
+                if !is_stored {
+                    self.drop_image_ref(domain, number);
+                }
+                is_stored
+            }
+        }
+    }
+
+    /// Looks whether there is a record at `place` that is the image of `page`.
+    fn try_twin(
+        &self,
+        putting: &Putting<'_>,
+        place: Place,
+        pin: &Pin<'_>,
+        page: &Page,
+        scratch: &mut Scratch,
+    ) -> Option<Twin> {
+        let header = self.arena.header_at(place, pin)?;
+        if self.sums.promised(&header) != putting.content {
+            return None;
+        }
+        // Only of what is a record for certain are the bytes read.
+        let owner = self.owner_of(putting, place, &header)?;
+        if !scratch.is_image_of(pin.payload(place, &header), header.is_zstd, page) {
+            return None;
+        }
+        match owner {
+            Owner::Image => {
+                let mut images = putting.domain.images.lock();
+                images
+                    .take_ref(header.index, place)
+                    .then_some(Twin::Image(header.index))
+            }
+            Owner::Page(space, key) => self.share_page(putting, &space, &key, place, pin),
+        }
+    }
+
+    /// Whose record is at `place`, if anybody's in the domain.
+    fn owner_of(&self, putting: &Putting<'_>, place: Place, header: &Header) -> Option<Owner> {
+        let number = putting.domain.number();
+        match header.kind {
+            Kind::Image if header.number == u32::from(number) => {
+                let images = putting.domain.images.lock();
+                (images.place(header.index) == Ok(place)).then_some(Owner::Image)
+            }
+            Kind::Page => {
+                let object = self.objects.get(header.number)?;
+                let space = self.space(object.space)?;
+                let key = Key {
+                    object: object.id,
+                    index: header.index,
+                };
+                if space.domain.as_deref()?.number() != number {
+                    return None;
+                }
+                let (shard, hash) = space.find(key.object, key.region());
+                let is_there = shard.lock().get(hash, &key) == Some(place);
+                is_there.then_some(Owner::Page(space, key))
+            }
+            _ => None,
+        }
+    }
+
+    /// Makes an image of a page's bytes, and the page an alias. The reference for the page that
+    /// comes in is taken too.
+    fn share_page(
+        &self,
+        putting: &Putting<'_>,
+        space: &Space,
+        key: &Key,
+        place: Place,
+        pin: &Pin<'_>,
+    ) -> Option<Twin> {
+        let domain = putting.domain;
+        let (shard, hash) = space.find(key.object, key.region());
+        let mut index = shard.lock();
+        if index.get(hash, key) != Some(place) {
+            return None;
+        }
+        if space.number == putting.space.number && key == putting.key {
+            return Some(Twin::Same);
+        }
+        let header = &self.arena.header(place).ok()?;
+        let payload = pin.payload(place, header);
+        let number = self.make_image(putting, header, payload)?;
+        let alias = Header {
+            kind: Kind::Alias,
+            len: ALIAS_BYTES,
+            is_zstd: false,
+            generation: header.generation.wrapping_add(1) & 3,
+            ..*header
+        };
+        let made = self.append_alias(space, alias, number, place, putting.worker);
+        let Some(to) = made else {
+            drop(index);
+            // Both references: neither page needs it.
+            self.drop_image_ref(domain, number);
+            self.drop_image_ref(domain, number);
+            return None;
+        };
+        index.relocate(hash, key, place, to);
+        self.arena.kill_known(place, header);
+        space.count_out(self, header);
+        space.with_owner(self, alias.number, |owner| {
+            owner.reserve_anyway(space.bill_bytes(self, alias.len));
+        });
+        space.page_in(self, &alias);
+        Some(Twin::Image(number))
+    }
+
+    /// A new image, which two pages need.
+    fn make_image(&self, putting: &Putting<'_>, header: &Header, payload: &[u8]) -> Option<u32> {
+        let domain = putting.domain;
+        let bytes = self.record_bytes(payload.len());
+        domain.account.reserve(bytes).ok()?;
+        let mut images = domain.images.lock();
+        let made = self.make_image_in(&mut images, putting, header, payload);
+        if made.is_none() {
+            domain.account.release(bytes);
+        }
+        made
+    }
+
+    fn make_image_in(
+        &self,
+        images: &mut crate::domain::Images,
+        putting: &Putting<'_>,
+        header: &Header,
+        payload: &[u8],
+    ) -> Option<u32> {
+        if let Some((capacity, bytes)) = images.growth() {
+            let old = images.held_bytes();
+            self.budget.reserve(bytes).ok()?;
+            if !images.grow(capacity) {
+                self.budget.release(bytes);
+                return None;
+            }
+            self.budget.release(old);
+        }
+        let number = images.next_number()?;
+        let domain = putting.domain;
+        let owner = u32::from(domain.number());
+        let image = Header {
+            kind: Kind::Image,
+            number: owner,
+            index: number,
+            check: self.sums.check(putting.content, owner, number),
+            generation: 0,
+            is_used: false,
+            ..*header
+        };
+        let record = Record {
+            header: image,
+            payload,
+        };
+        let target = Target::Log(self.put_head(putting.worker));
+        let place = self.append(target, record, None, Urgency::Normal).ok()?;
+        images.add(place, 2);
+        self.note_twin(Some(domain), &image, place);
+        self.count_image(domain, &image, true);
+        Some(number)
+    }
+
+    /// Appends the alias that takes the place of the record at `from`.
+    fn append_alias(
+        &self,
+        space: &Space,
+        header: Header,
+        image: u32,
+        from: Place,
+        worker: usize,
+    ) -> Option<Place> {
+        let record = Record {
+            header,
+            payload: &alias_payload(image),
+        };
+        let target = self.target_beside(space, from, worker)?;
+        self.append(target, record, None, Urgency::Normal).ok()
+    }
+
+    /// Where what takes the place of a record goes.
+    fn target_beside<'a>(
+        &'a self,
+        space: &'a Space,
+        from: Place,
+        worker: usize,
+    ) -> Option<Target<'a>> {
+        let span = self.arena.layout().span_of(from);
+        let info = self.arena.spans().info(span)?;
+        let class = match info.role {
+            Role::Fresh(_) => Class::Fresh,
+            Role::Proven(_) => Class::Proven,
+            Role::Pages | Role::Catalogue => return Some(Target::Log(self.put_head(worker))),
+        };
+        let visit = Visit {
+            span,
+            sequence: info.sequence,
+        };
+        Some(Target::Beside(&space.payer.queue, class, visit))
+    }
+
+    /// Enters a page that comes in as an alias. A reference on the image was taken for it.
+    fn enter_alias(&self, putting: &Putting<'_>, image: u32) -> bool {
+        let incoming = Incoming {
+            kind: Kind::Alias,
+            content: putting.content,
+            payload: &alias_payload(image),
+            is_zstd: false,
+            owner: putting.space.payer.number,
+            worker: putting.worker,
+        };
+        let space = putting.space;
+        let bill = space.bill_bytes(self, incoming.payload.len());
+        if space.payer.reserve(bill).is_err() {
+            return false;
+        }
+        let entered = space.enter(self, putting.key, &incoming);
+        if entered.is_err() {
+            space.payer.release(bill);
+        }
+        entered.is_ok()
+    }
+}
+
+/// Bytes of an alias's payload: three times the image's number, since no checksum of the page that
+/// it stands for guards it, and a wrong number would be another page's loss.
+pub(crate) const ALIAS_BYTES: usize = 12;
+
+fn alias_payload(image: u32) -> [u8; ALIAS_BYTES] {
+    let mut payload = [0; ALIAS_BYTES];
+    for copy in payload.as_chunks_mut::<4>().0 {
+        *copy = image.to_le_bytes();
+    }
+    payload
+}
+
+/// The number of the image that an alias's payload names: of each bit what two of three copies say.
+pub(crate) fn image_in(payload: &[u8]) -> Option<u32> {
+    let ([a, b, c], []) = payload.as_chunks::<4>() else {
+        return None;
+    };
+    let [a, b, c] = [a, b, c].map(|copy| u32::from_le_bytes(*copy));
+    Some(a & b | b & c | a & c)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_survives_any_flipped_bit() {
+        let payload = alias_payload(0x1234_5678);
+        for bit in 0..ALIAS_BYTES * 8 {
+            let mut flipped = payload;
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(image_in(&flipped), Some(0x1234_5678));
+        }
+        assert_eq!(image_in(&payload[..8]), None);
+    }
+}
