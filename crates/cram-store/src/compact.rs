@@ -123,6 +123,13 @@ impl Core {
         }
     }
 
+    /// Seals the spans of persistent pages that are being filled.
+    pub(crate) fn seal_heads(&self) {
+        for head in self.log_heads() {
+            self.arena.seal_head(head);
+        }
+    }
+
     /// Empties one span that is worth it.
     fn compact_one(&self, wish: Wish, worth: u32) -> Step {
         let mut compactor = self.compactor.lock();

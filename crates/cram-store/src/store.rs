@@ -238,6 +238,7 @@ impl Store {
     /// Packs pages once more, with zstd, that were neither put nor got for so long (as zram's
     /// `recompress`). The background thread does the same when the store is idle.
     pub fn recompress(&self, cold_after: Duration) {
+        self.core.seal_heads();
         let mut repacker = Repacker::new();
         // Each span is looked at once; the bound is for when others put and flush all the time.
         let most = 2 * self.core.arena.layout().spans;

@@ -21,7 +21,7 @@ use std::thread;
 use cram_store::{
     Client, GetResult, ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store,
 };
-use pages::{Content, page_of, some_content, store_of};
+use pages::{Content, Random, page_of, some_content, store_of};
 
 const UUID: [u8; 16] = [3; 16];
 const KINDS: [PoolKind; 3] = [
@@ -29,18 +29,6 @@ const KINDS: [PoolKind; 3] = [
     PoolKind::PrivateEphemeral,
     PoolKind::SharedEphemeral { uuid: UUID },
 ];
-
-/// xorshift: enough to choose keys.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 fn client_of(store: &Store, name: &str, quota: Option<u64>) -> Arc<Client> {
     let client = store.add_client(name, quota).unwrap();

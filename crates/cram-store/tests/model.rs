@@ -24,7 +24,7 @@ use cram_store::{
     Backing, Client, GetResult, NoPool, ObjectId, PAGE_SIZE, Page, PoolError, PoolId, PoolKind,
     PoolSpec, PutResult, Refusal, Scratch, Store, StoreConfig,
 };
-use pages::{Content, config_of, content, page_of};
+use pages::{Content, config_of, content, page_of, times};
 use proptest::prelude::*;
 
 const CAPACITY_BYTES: u64 = 512 << 10;
@@ -426,7 +426,7 @@ impl Model {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 600,
+        cases: u32::try_from(times(600)).unwrap(),
         failure_persistence: None,
         max_shrink_iters: 4000,
         ..ProptestConfig::default()

@@ -5,7 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -76,20 +76,6 @@ pub enum ArenaError {
         /// What is wrong.
         what: &'static str,
     },
-    /// It was made for another capacity.
-    #[error(
-        "{} was made for a capacity of {found} bytes, not of {wanted}; \
-         give that capacity, or remove the file and what is in it",
-        path.display()
-    )]
-    Capacity {
-        /// The file.
-        path: PathBuf,
-        /// The capacity that it was made for, in bytes.
-        found: u64,
-        /// The one that was asked for, in bytes.
-        wanted: u64,
-    },
 }
 
 /// An arena that was opened, and what is to be done with it.
@@ -108,95 +94,30 @@ const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// Larger pages than this are no use as spans.
 const HUGE_PAGE_BYTES_MAX: u64 = 32 << 20;
 
+/// A file that is being opened, and how it is called in errors.
+struct Candidate<'a> {
+    file: OwnedFd,
+    path: &'a Path,
+}
+
 impl Arena {
-    /// Opens an arena, or makes one, of `layout` (or of larger spans, if the file system wants).
+    /// Opens an arena, or makes one, of `layout` (or of larger spans, if the file system wants). An
+    /// arena that was made for another capacity keeps its spans, and gets more if it needs them.
     pub(crate) fn open(
         backing: &Backing,
-        mut layout: Layout,
+        layout: Layout,
         budget: Arc<Budget>,
     ) -> Result<Opened, ArenaError> {
-        let capacity_bytes = budget.capacity_bytes();
-        let (file, path) = match backing {
-            Backing::Memory => (memory_file(), Path::new(MEMORY_NAME)),
-            Backing::File(path) => (named_file(path), path.as_path()),
-        };
-        let failed = |what| {
-            let path = path.to_owned();
-            move |error: io::Error| ArenaError::System { what, path, error }
-        };
-        let file = file.map_err(failed("cannot open"))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => (),
-            Err(Errno::WOULDBLOCK) => return Err(ArenaError::InUse(path.to_owned())),
-            Err(error) => return Err(failed("cannot lock")(error.into())),
-        }
+        let candidate = Candidate::open(backing)?;
         let boot_id = boot_id();
-        let superblock = match read_superblock(&file).map_err(failed("cannot read"))? {
-            Ok(superblock) => Some(superblock),
-            Err(Unreadable::Blank) => None,
-            Err(Unreadable::Foreign) => return Err(ArenaError::Foreign(path.to_owned())),
-            Err(Unreadable::Version(found)) => {
-                let path = path.to_owned();
-                return Err(ArenaError::Version { path, found });
-            }
-            Err(Unreadable::Damaged) => return Err(damaged(path, "its first bytes say nothing")),
+        let (is_new, mut superblock) = match candidate.superblock()? {
+            Some(found) => (false, found),
+            None => (true, candidate.new_superblock(layout)?),
         };
-        let is_new = superblock.is_none();
-        let mut superblock = match superblock {
-            Some(found) => {
-                let len = fstat(&file).map_err(|error| failed("cannot stat")(error.into()))?;
-                if u64::try_from(len.st_size).unwrap_or(0) < found.len_bytes {
-                    return Err(damaged(path, "it was cut short"));
-                }
-                layout = Layout {
-                    span_shift: found.span_shift,
-                    granule_shift: found.granule_shift,
-                    spans: u32::try_from(found.len_bytes >> found.span_shift)
-                        .map_err(|_| damaged(path, "it is too long"))?,
-                };
-                let expected = fitted(layout, capacity_bytes);
-                if layout != expected {
-                    return Err(ArenaError::Capacity {
-                        path: path.to_owned(),
-                        found: layout.len_bytes() - layout.span_bytes(),
-                        wanted: capacity_bytes,
-                    });
-                }
-                found
-            }
-            None => {
-                if let Some(page_bytes) = huge_page_bytes(&file) {
-                    layout.span_shift = layout.span_shift.max(page_bytes.ilog2());
-                }
-                layout = fitted(layout, capacity_bytes);
-                ftruncate(&file, layout.len_bytes())
-                    .map_err(|error| failed("cannot enlarge")(error.into()))?;
-                Superblock {
-                    span_shift: layout.span_shift,
-                    granule_shift: layout.granule_shift,
-                    len_bytes: layout.len_bytes(),
-                    generation: 0,
-                    boot_id,
-                    secret: Secret::new([0; Secret::BYTES]),
-                }
-            }
-        };
-        let region = Region::map(file, layout.len_bytes()).map_err(failed("cannot map"))?;
-        region
-            .populate(0, SUPERBLOCK_BYTES)
-            .map_err(failed("no memory for"))?;
-        if is_new {
-            let mut bytes = [0; Secret::BYTES + 8];
-            random(&mut bytes).map_err(failed("cannot make a secret for"))?;
-            let (secret, generation) = bytes.split_at(Secret::BYTES);
-            let mut own = [0; Secret::BYTES];
-            own.copy_from_slice(secret);
-            superblock.secret = Secret::new(own);
-            superblock.generation =
-                u64::from_le_bytes(generation.try_into().unwrap_or([1; 8])).max(1);
-        }
+        let layout = candidate.fit(&mut superblock, budget.capacity_bytes())?;
         let is_after_reboot = !is_new && superblock.boot_id != boot_id;
         superblock.boot_id = boot_id;
+        let region = candidate.map(layout)?;
         superblock.write(&region);
         let salt = superblock.secret.number(0);
         let found = if is_new {
@@ -218,6 +139,112 @@ impl Arena {
             is_after_reboot,
         })
     }
+}
+
+impl<'a> Candidate<'a> {
+    /// Opens the file, or makes it, for this process alone.
+    fn open(backing: &'a Backing) -> Result<Self, ArenaError> {
+        let (file, path) = match backing {
+            Backing::Memory => (memory_file(), Path::new(MEMORY_NAME)),
+            Backing::File(path) => (named_file(path), path.as_path()),
+        };
+        let file = file.map_err(|error| failure("cannot open", path, error))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { file, path }),
+            Err(Errno::WOULDBLOCK) => Err(ArenaError::InUse(path.to_owned())),
+            Err(error) => Err(failure("cannot lock", path, error.into())),
+        }
+    }
+
+    fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> ArenaError + use<> {
+        let path = self.path.to_owned();
+        move |error| failure(what, &path, error)
+    }
+
+    fn damaged(&self, what: &'static str) -> ArenaError {
+        ArenaError::Damaged {
+            path: self.path.to_owned(),
+            what,
+        }
+    }
+
+    /// What the file's first bytes say; `None` when nothing was ever written to it.
+    fn superblock(&self) -> Result<Option<Superblock>, ArenaError> {
+        let read = read_superblock(&self.file).map_err(self.failed("cannot read"))?;
+        let found = match read {
+            Ok(found) => found,
+            Err(Unreadable::Blank) => return Ok(None),
+            Err(Unreadable::Foreign) => return Err(ArenaError::Foreign(self.path.to_owned())),
+            Err(Unreadable::Version(found)) => {
+                let path = self.path.to_owned();
+                return Err(ArenaError::Version { path, found });
+            }
+            Err(Unreadable::Damaged) => return Err(self.damaged("its first bytes say nothing")),
+        };
+        let about = fstat(&self.file).map_err(|error| self.failed("cannot stat")(error.into()))?;
+        if u64::try_from(about.st_size).unwrap_or(0) < found.len_bytes {
+            return Err(self.damaged("it was cut short"));
+        }
+        Ok(Some(found))
+    }
+
+    /// For an arena that is made now.
+    fn new_superblock(&self, layout: Layout) -> Result<Superblock, ArenaError> {
+        let mut bytes = [0; Secret::BYTES + 8];
+        random(&mut bytes).map_err(self.failed("cannot make a secret for"))?;
+        let (secret, generation) = bytes.split_at(Secret::BYTES);
+        let mut own = [0; Secret::BYTES];
+        own.copy_from_slice(secret);
+        let page_bytes = huge_page_bytes(&self.file).unwrap_or(1);
+        Ok(Superblock {
+            span_shift: layout.span_shift.max(page_bytes.ilog2()),
+            granule_shift: layout.granule_shift,
+            len_bytes: 0,
+            generation: u64::from_le_bytes(generation.try_into().unwrap_or([1; 8])).max(1),
+            boot_id: [0; 16],
+            secret: Secret::new(own),
+        })
+    }
+
+    /// Makes the file long enough for a capacity. A file that is longer stays so: the budget sees to
+    /// it that it is not filled.
+    fn fit(&self, superblock: &mut Superblock, capacity_bytes: u64) -> Result<Layout, ArenaError> {
+        let mut layout = fitted(
+            Layout {
+                span_shift: superblock.span_shift,
+                granule_shift: superblock.granule_shift,
+                spans: 0,
+            },
+            capacity_bytes,
+        );
+        let found = u32::try_from(superblock.len_bytes >> superblock.span_shift);
+        layout.spans = layout.spans.max(found.unwrap_or(u32::MAX));
+        if layout.len_bytes() >> layout.granule_shift > 1 << u32::BITS {
+            return Err(self.damaged("it was made for a smaller capacity, and cannot grow so far"));
+        }
+        if layout.len_bytes() > superblock.len_bytes {
+            let about =
+                fstat(&self.file).map_err(|error| self.failed("cannot stat")(error.into()))?;
+            if u64::try_from(about.st_size).unwrap_or(0) < layout.len_bytes() {
+                ftruncate(&self.file, layout.len_bytes())
+                    .map_err(|error| self.failed("cannot enlarge")(error.into()))?;
+            }
+            superblock.len_bytes = layout.len_bytes();
+        }
+        Ok(layout)
+    }
+
+    fn map(self, layout: Layout) -> Result<Region, ArenaError> {
+        let (unmapped, unpopulated) = (self.failed("cannot map"), self.failed("no memory for"));
+        let region = Region::map(self.file, layout.len_bytes()).map_err(unmapped)?;
+        region.populate(0, SUPERBLOCK_BYTES).map_err(unpopulated)?;
+        Ok(region)
+    }
+}
+
+fn failure(what: &'static str, path: &Path, error: io::Error) -> ArenaError {
+    let path = path.to_owned();
+    ArenaError::System { what, path, error }
 }
 
 impl Opened {
@@ -247,13 +274,6 @@ pub(crate) fn fitted(layout: Layout, capacity_bytes: u64) -> Layout {
     Layout {
         spans: u32::try_from(spans).unwrap_or(u32::MAX),
         ..layout
-    }
-}
-
-fn damaged(path: &Path, what: &'static str) -> ArenaError {
-    ArenaError::Damaged {
-        path: path.to_owned(),
-        what,
     }
 }
 
@@ -309,19 +329,15 @@ fn read_superblock(file: &OwnedFd) -> io::Result<Result<Superblock, Unreadable>>
     Ok(read)
 }
 
-/// Whether nothing was ever written to a file: an arena whose maker was killed at once.
+/// Whether nothing was ever written to a file beyond where the superblock is: an arena whose maker
+/// was killed before it was done. (What is shorter than any arena is somebody else's.)
 fn is_hole(file: &File) -> io::Result<bool> {
-    match seek(file.as_fd(), Whence::Data(0)) {
+    if file.metadata()?.len() <= SUPERBLOCK_BYTES {
+        return Ok(false);
+    }
+    match seek(file.as_fd(), Whence::Data(SUPERBLOCK_BYTES)) {
         Err(Errno::NXIO) => Ok(true),
-        Ok(at) => {
-            // Memory may have been given for the first bytes, which are zero, as we know.
-            let mut rest = [0; 4096];
-            let read = file.read_at(&mut rest, at)?;
-            let next = seek(file.as_fd(), Whence::Data(SUPERBLOCK_BYTES));
-            Ok(at < SUPERBLOCK_BYTES
-                && rest[..read].iter().all(|byte| *byte == 0)
-                && next == Err(Errno::NXIO))
-        }
+        Ok(_) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }

@@ -49,7 +49,7 @@ pub(crate) struct Superblock {
 /// Why there is no superblock to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unreadable {
-    /// Nothing but zeroes.
+    /// Nothing, or what a maker left that was killed before it was done: the magic is written last.
     Blank,
     /// Something, but no arena.
     Foreign,
@@ -83,7 +83,7 @@ impl Superblock {
     }
 
     fn from_bytes(bytes: &[u8; BYTES]) -> Result<Self, Unreadable> {
-        if bytes.iter().all(|byte| *byte == 0) {
+        if bytes[..MAGIC.len()] == [0; MAGIC.len()] {
             return Err(Unreadable::Blank);
         }
         let u32_at = |at: usize| field(bytes, at).map(u32::from_le_bytes);
@@ -124,11 +124,12 @@ impl Superblock {
         }
     }
 
-    /// Writes both copies.
+    /// Writes both copies, one after the other, each with its magic at last.
     pub(crate) fn write(&self, region: &Region) {
         let bytes = self.to_bytes();
         for copy in [0, COPY_BYTES] {
-            for (at, word) in (0..).step_by(8).zip(bytes.as_chunks::<8>().0) {
+            let words = (0..).step_by(8).zip(bytes.as_chunks::<8>().0);
+            for (at, word) in words.collect::<Vec<_>>().into_iter().rev() {
                 let word = u64::from_le_bytes(*word);
                 region
                     .word(copy + at)
