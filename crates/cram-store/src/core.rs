@@ -60,7 +60,7 @@ pub(crate) struct Core {
     pub(crate) sums: Sums,
     pub(crate) twins: Twins,
     pub(crate) shares_equal_pages: bool,
-    ghosts: OnceLock<Option<Ghosts>>,
+    ghosts: OnceLock<Ghosts>,
     /// Where persistent pages and images come in.
     pub(crate) heads: Box<[Head]>,
     /// Where compaction puts them, by age: see [`Core::aged_head`].
@@ -162,8 +162,8 @@ impl Core {
     pub(crate) fn fixed_bytes(&self) -> u64 {
         let heads = (self.heads.len() + self.aged.len()) * size_of::<Head>();
         let ghosts = match self.ghosts.get() {
-            Some(Some(_)) => Ghosts::bytes(self.budget.capacity_bytes()),
-            _ => 0,
+            Some(_) => Ghosts::bytes(self.budget.capacity_bytes()),
+            None => 0,
         };
         (size_of::<Self>() + heads + Sizes::bytes(self.stripes) + Tally::bytes(1) + 512) as u64
             + self.arena.fixed_bytes()
@@ -175,14 +175,21 @@ impl Core {
             + ghosts
     }
 
-    /// The memory of pages that are gone; made when first asked for, if there is room.
+    /// The memory of pages that are gone, if there ever was an ephemeral pool, and room for it.
     pub(crate) fn ghosts(&self) -> Option<&Ghosts> {
-        let made = self.ghosts.get_or_init(|| {
-            let capacity = self.budget.capacity_bytes();
-            self.budget.reserve(Ghosts::bytes(capacity)).ok()?;
-            Some(Ghosts::new(capacity))
-        });
-        made.as_ref()
+        self.ghosts.get()
+    }
+
+    fn make_ghosts(&self) {
+        let bytes = Ghosts::bytes(self.budget.capacity_bytes());
+        if self.ghosts.get().is_some() || self.budget.reserve(bytes).is_err() {
+            return;
+        }
+        let ghosts = Ghosts::new(self.budget.capacity_bytes());
+        if self.ghosts.set(ghosts).is_err() {
+            // Another thread was quicker.
+            self.budget.release(bytes);
+        }
     }
 
     /// To be called, with no lock held, after pages were taken out: gives spans back to the host when
@@ -365,6 +372,9 @@ impl Core {
 
     /// At recovery: enters a space under its number.
     pub(crate) fn adopt_space(&self, space: Arc<Space>) {
+        if space.is_evictable() {
+            self.make_ghosts();
+        }
         let mut spaces = self.spaces.write();
         let at = space.number as usize;
         if spaces.len() <= at {
@@ -412,6 +422,9 @@ impl Core {
         let key = (Kind::Space, space.number, 0);
         self.write_entry(key, &record.to_bytes())
             .inspect_err(|_| _ = space.destroy(self))?;
+        if space.is_evictable() {
+            self.make_ghosts();
+        }
         Ok(space)
     }
 

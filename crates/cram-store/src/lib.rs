@@ -50,6 +50,9 @@ mod config;
 mod core;
 mod domain;
 mod evict;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod forge;
 mod ghosts;
 mod index;
 mod leaf;

@@ -29,7 +29,7 @@ use crate::objects::Object;
 use crate::queue::Class;
 use crate::share::image_in;
 use crate::space::{Keeping, Space};
-use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use crate::{ObjectId, PAGE_SIZE, Page};
 
 /// What was found when a store was opened.
@@ -56,6 +56,9 @@ pub(crate) struct KnownClient {
 
 /// Numbers of spaces that are believed; more there cannot be.
 const SPACES_MAX: u32 = 1 << 22;
+
+/// Fewer spans than this are no work for another thread.
+const SPANS_PER_THREAD: usize = 64;
 
 /// A record of the catalogue that was found.
 struct Copy {
@@ -85,11 +88,9 @@ pub(crate) fn recover(
     let objects = reader.enter_objects(&entries)?;
     drop(entries);
 
-    let threads = if cfg!(shuttle) {
-        1
-    } else {
-        std::thread::available_parallelism().map_or(1, usize::from)
-    };
+    // A thread is worth its while for some spans, not for one.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = processors.min(pages.len() / SPANS_PER_THREAD + 1);
     reader.read_pages(&pages, &objects, threads)?;
     reader.settle(&objects);
     reader.seal(found);
@@ -103,28 +104,39 @@ pub(crate) fn recover(
     Ok((recovery, clients))
 }
 
-/// Which numbers of objects were found to have pages.
-struct Needed(Vec<AtomicU64>);
+/// For each number of an object, the shard in which pages were found under it, counted from 1; and
+/// [`Needed::ENTERED`] once one was entered.
+struct Needed(Vec<AtomicU8>);
 
 impl Needed {
+    const ENTERED: u8 = 0x80;
+
     fn new(numbers: usize) -> Self {
-        Self(
-            (0..numbers.div_ceil(64))
-                .map(|_| AtomicU64::new(0))
-                .collect(),
-        )
+        Self((0..numbers).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    /// A page was found in this shard. False when there are others in another one: a number is of one
+    /// shard, so the record lies.
+    fn claim(&self, number: u32, shard: usize) -> bool {
+        let shard = u8::try_from(shard + 1).unwrap_or(u8::MAX);
+        self.0.get(number as usize).is_some_and(|claimed| {
+            match claimed.compare_exchange(0, shard, Relaxed, Relaxed) {
+                Ok(_) => true,
+                Err(claimed) => claimed & !Self::ENTERED == shard,
+            }
+        })
     }
 
     fn note(&self, number: u32) {
-        if let Some(word) = self.0.get(number as usize / 64) {
-            word.fetch_or(1 << (number % 64), Relaxed);
+        if let Some(claimed) = self.0.get(number as usize) {
+            claimed.fetch_or(Self::ENTERED, Relaxed);
         }
     }
 
     fn has(&self, number: u32) -> bool {
         self.0
-            .get(number as usize / 64)
-            .is_some_and(|word| word.load(Relaxed) >> (number % 64) & 1 == 1)
+            .get(number as usize)
+            .is_some_and(|claimed| claimed.load(Relaxed) & Self::ENTERED != 0)
     }
 }
 
@@ -187,14 +199,15 @@ impl Reader<'_> {
         for span in spans {
             self.walk(span, &mut |found| {
                 let header = found.header;
-                if matches!(header.kind, Kind::Page | Kind::Image | Kind::Alias)
-                    || header.len == PAGE_SIZE
-                {
-                    return false;
-                }
+                let is_named = match header.kind {
+                    Kind::Account | Kind::Space | Kind::Object => header.index == 0,
+                    Kind::Pool => true,
+                    Kind::Page | Kind::Image | Kind::Alias => false,
+                };
+                let is_entry = is_named && header.len < PAGE_SIZE;
                 let payload = self.payload(found);
                 let sums = &self.core.sums;
-                let is_whole = sums.bytes(&payload) == sums.promised(&header);
+                let is_whole = is_entry && sums.bytes(&payload) == sums.promised(&header);
                 if is_whole && found.is_live {
                     let key = (header.kind, header.number, header.index);
                     entries.entry(key).or_default().push(Copy {
@@ -202,6 +215,8 @@ impl Reader<'_> {
                         generation: header.generation,
                         payload,
                     });
+                } else if found.is_live && found.trust == Trust::Header {
+                    self.discard(found.place);
                 }
                 is_whole
             });
@@ -268,7 +283,13 @@ impl Reader<'_> {
             let record = copies
                 .first()
                 .and_then(|copy| AccountRecord::from_bytes(&copy.payload));
-            let account = record.and_then(|record| {
+            let is_new = |record: &AccountRecord| {
+                record.holder != Holder::Client
+                    || !clients
+                        .iter()
+                        .any(|(known, _): &(Arc<Account>, _)| known.name == record.name)
+            };
+            let account = record.filter(is_new).and_then(|record| {
                 let number = u16::try_from(key.1).ok()?;
                 let bytes = Account::fixed_bytes(&record.name, core.stripes);
                 core.budget.reserve(bytes).ok()?;
@@ -428,6 +449,9 @@ impl Reader<'_> {
             }
         }
         arena.spans().set_filled(span.span, filled);
+        if walk.was_lost() {
+            arena.spans().note_damage(span.span);
+        }
     }
 
     /// Walks all spans of pages, `threads` at a time.
@@ -471,10 +495,8 @@ impl Reader<'_> {
         }
         std::thread::scope(|scope| {
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            let results = workers.into_iter().map(|worker| worker.join());
-            results
-                .map(|result| result.unwrap_or(Err(Shortage::Store)))
-                .collect()
+            let mut results = workers.into_iter().map(|worker| worker.join());
+            results.try_for_each(|result| result.unwrap_or(Err(Shortage::Store)))
         })
     }
 
@@ -570,7 +592,9 @@ impl Reader<'_> {
             object: object.id,
             index: header.index,
         };
-        let is_entered = self.enter_into_index(&space, &key, found)?;
+        let shard = space.shard_of(key.object, key.region());
+        let is_entered =
+            objects.claim(header.number, shard) && self.enter_into_index(&space, &key, found)?;
         if is_entered {
             objects.note(header.number);
         } else if let (Some(image), Some(domain)) = (image, &space.domain) {

@@ -193,9 +193,17 @@ impl Space {
     /// A page's shard and the hash to look it up with.
     pub(crate) fn find(&self, object: ObjectId, region: u32) -> (&Shard, u64) {
         let hash = leaf_hash(self.keys, object, region);
+        (&self.shards[self.shard_at(hash)], hash)
+    }
+
+    fn shard_at(&self, hash: u64) -> usize {
         // Bits that the tables inside the shard do not look at.
-        let at = usize::try_from(hash >> 32 & 0xff_ffff).unwrap_or(0) % self.shards.len();
-        (&self.shards[at], hash)
+        usize::try_from(hash >> 32 & 0xff_ffff).unwrap_or(0) % self.shards.len()
+    }
+
+    /// The number of a page's shard.
+    pub(crate) fn shard_of(&self, object: ObjectId, region: u32) -> usize {
+        self.shard_at(leaf_hash(self.keys, object, region))
     }
 
     /// By which the store remembers an ephemeral page that is gone.

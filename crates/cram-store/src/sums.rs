@@ -30,7 +30,10 @@ fn fold(hash: u64) -> u32 {
 
 impl Sums {
     pub(crate) fn new(arena: &Arena) -> Self {
-        let secret = arena.secret().clone();
+        Self::keyed(arena.secret().clone())
+    }
+
+    pub(crate) fn keyed(secret: Secret) -> Self {
         Self {
             binder: secret.number(1),
             secret,

@@ -76,7 +76,7 @@ impl Twins {
         // The tag from the lowest bits, the set from the highest, by a multiplication instead of a
         // division: the number of sets is well below 32 bits.
         let tag = u16::try_from(hash & 0xffff).unwrap_or(0);
-        let at = (hash >> 32) * self.sets.len() as u64 >> 32;
+        let at = ((hash >> 32) * self.sets.len() as u64) >> 32;
         Spot {
             set: &self.sets[usize::try_from(at).unwrap_or(0)],
             tag,
@@ -93,7 +93,7 @@ impl Twins {
         let Spot { set, tag } = self.spot(domain, content);
         // Two threads may use one place; one of them is forgotten then.
         let at = set.next.load(Relaxed);
-        set.next.store(at.wrapping_add(1) % 10, Relaxed);
+        set.next.store(at.wrapping_add(1), Relaxed);
         let at = usize::from(at) % WAYS;
         set.tags[at].store(tag, Relaxed);
         set.places[at].store(place.0, Relaxed);

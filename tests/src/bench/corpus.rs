@@ -37,13 +37,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 5] = [
-        Kind::Elf,
-        Kind::Text,
-        Kind::Source,
-        Kind::Json,
-        Kind::Heap,
-    ];
+    pub const ALL: [Kind; 5] = [Kind::Elf, Kind::Text, Kind::Source, Kind::Json, Kind::Heap];
 
     /// For people and JSON.
     #[must_use]
@@ -152,7 +146,11 @@ impl Gathering<'_> {
 fn folders(kind: Kind) -> Vec<PathBuf> {
     let fixed: &[&str] = match kind {
         Kind::Elf => &["/usr/bin", "/usr/lib", "/usr/libexec"],
-        Kind::Text => &["/usr/share/doc", "/usr/share/common-licenses", "/usr/share/perl"],
+        Kind::Text => &[
+            "/usr/share/doc",
+            "/usr/share/common-licenses",
+            "/usr/share/perl",
+        ],
         Kind::Source => &["/usr/include", "/usr/lib/python3", "/usr/lib/gcc"],
         Kind::Json => &["/usr/share", "/usr/lib"],
         Kind::Heap => &[],
@@ -327,10 +325,8 @@ fn gather_process(process: u32, gathering: &mut Gathering<'_>) {
         let Some((start, end)) = range.split_once('-') else {
             continue;
         };
-        let (Ok(start), Ok(end)) = (
-            u64::from_str_radix(start, 16),
-            u64::from_str_radix(end, 16),
-        ) else {
+        let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        else {
             continue;
         };
         for at in (start..end).step_by(PAGE_SIZE) {

@@ -45,10 +45,10 @@ const fn tables() -> [[u16; 256]; 16] {
     let mut tables = [[0; 256]; 16];
     let mut byte = 0;
     while byte < 16 {
-        let mut value = 1;
+        let mut value = 1_usize;
         while value < 256 {
             // One bit more than a smaller value whose sum is known.
-            let bit = (value as u32).trailing_zeros() as usize;
+            let bit = value.trailing_zeros() as usize;
             tables[byte][value] = tables[byte][value & (value - 1)] ^ COLUMNS[byte * 8 + bit];
             value += 1;
         }

@@ -344,7 +344,7 @@ fn is_hole(file: &File) -> io::Result<bool> {
 
 fn huge_page_bytes(file: &OwnedFd) -> Option<u64> {
     let about = fstatfs(file).ok()?;
-    if i64::from(about.f_type) != HUGETLBFS_MAGIC {
+    if about.f_type != HUGETLBFS_MAGIC {
         return None;
     }
     u64::try_from(about.f_bsize)
@@ -357,7 +357,7 @@ fn random(bytes: &mut [u8]) -> io::Result<()> {
 }
 
 /// Differs from one start of the machine to the next; all zero where it cannot be known.
-fn boot_id() -> [u8; 16] {
+pub(super) fn boot_id() -> [u8; 16] {
     let mut id = [0; 16];
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits = text

@@ -20,6 +20,8 @@
 
 mod ecc;
 mod file;
+#[cfg(fuzzing)]
+mod forge;
 mod head;
 mod record;
 mod region;
@@ -32,6 +34,8 @@ mod walk;
 pub(crate) use file::Opened;
 pub(crate) use file::fitted;
 pub use file::{ArenaError, Backing};
+#[cfg(fuzzing)]
+pub(crate) use forge::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
 pub(crate) use head::{Head, Record, now};
 pub(crate) use record::{Header, Kind, NUMBERS, PAYLOAD_BYTES_MAX, is_newer};
 pub(crate) use span_header::{Role, SpanHeader};
@@ -155,6 +159,13 @@ impl Layout {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Damaged;
 
+/// Binds a header to its place and to the life of its span.
+fn salt_of(secret: u64, place: Place, sequence: u64) -> u16 {
+    let mixed = mix(secret ^ mix(sequence) ^ u64::from(place.0));
+    // The upper 16 bits.
+    u16::try_from(mixed >> 48).unwrap_or(0)
+}
+
 /// See the module's text.
 pub(crate) struct Arena {
     layout: Layout,
@@ -201,11 +212,8 @@ impl Arena {
         ]
     }
 
-    /// Binds a header to its place and to the life of its span.
     fn salt_of(&self, place: Place, sequence: u64) -> u16 {
-        let mixed = mix(self.salt ^ mix(sequence) ^ u64::from(place.0));
-        // The upper 16 bits.
-        u16::try_from(mixed >> 48).unwrap_or(0)
+        salt_of(self.salt, place, sequence)
     }
 
     /// Whether the mark is here that stands behind the last record of a span.

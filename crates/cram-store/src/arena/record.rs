@@ -72,7 +72,12 @@ pub(crate) enum Kind {
 
 impl Kind {
     fn of(word: u64) -> Option<Self> {
-        Some(match word >> KIND_SHIFT & 7 {
+        // Masked to 3 bits.
+        Self::numbered(u8::try_from(word >> KIND_SHIFT & 7).ok()?)
+    }
+
+    pub(super) fn numbered(number: u8) -> Option<Self> {
+        Some(match number & 7 {
             1 => Self::Page,
             2 => Self::Image,
             3 => Self::Alias,

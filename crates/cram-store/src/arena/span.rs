@@ -146,32 +146,37 @@ mod tests {
     }
 }
 
-/// Run with `RUSTFLAGS="--cfg loom" cargo test -p cram-store --lib --release loom`: all schedules
-/// and all orders of memory that the language allows.
+/// Run by `cargo xtask test`, and with
+/// `RUSTFLAGS="--cfg loom" cargo test -p cram-store --lib --release loom`: all schedules, and all
+/// orders of memory that the language allows.
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
     use loom::cell::UnsafeCell;
-    use loom::sync::Arc;
+    use loom::sync::atomic::AtomicBool;
+    use loom::sync::{Arc, Mutex};
     use loom::thread;
 
-    /// A span with one record, an index that says where the record is, and memory that is written
-    /// anew when the span was freed. loom fails the test when memory is read while it is written.
+    /// A span with one record, an index that leads to it, and memory that is written anew when the
+    /// span was freed. loom fails the test when memory is read while it is written.
     struct Model {
         life: Life,
-        /// Whether the index (or the table of twins) leads to the record.
-        entry: AtomicU64,
+        /// As [`super::super::spans`] has it: the record has been written.
+        is_filled: AtomicBool,
+        index: Mutex<bool>,
         memory: UnsafeCell<u32>,
     }
 
     // SAFETY: what the test is to prove; loom watches every access.
+    #[allow(unsafe_code)]
     unsafe impl Sync for Model {}
 
     impl Model {
         fn new() -> Arc<Self> {
             let model = Self {
                 life: Life::new(),
-                entry: AtomicU64::new(1),
+                is_filled: AtomicBool::new(true),
+                index: Mutex::new(true),
                 memory: UnsafeCell::new(7),
             };
             model.life.open();
@@ -179,48 +184,77 @@ mod loom_tests {
             Arc::new(model)
         }
 
+        #[allow(unsafe_code)]
+        fn read(&self) -> u32 {
+            // SAFETY: as above.
+            self.memory.with(|memory| unsafe { *memory })
+        }
+
+        /// What `Spans::take` and `Arena::append` do with a span that is free, in their order.
+        #[allow(unsafe_code)]
         fn reuse(&self, Freed(is_mine): Freed) {
             if is_mine {
+                self.is_filled.store(false, Ordering::Release);
                 self.life.open();
                 // SAFETY: as above.
                 self.memory.with_mut(|memory| unsafe { *memory = 8 });
+                self.is_filled.store(true, Ordering::Release);
             }
+        }
+
+        fn kill(&self) {
+            let mut index = self.index.lock().unwrap();
+            *index = false;
+            let freed = self.life.sub_live(1);
+            drop(index);
+            self.reuse(freed);
         }
     }
 
-    /// Pins at a guess, then looks whether the guess was right: the way of the table of twins.
-    #[test]
-    fn loom_no_span_is_reused_under_a_reader() {
-        loom::model(|| {
+    fn run(reader: fn(&Model)) {
+        loom::model(move || {
             let model = Model::new();
-            let reader = {
+            let threads = [reader, Model::kill].map(|act| {
                 let model = model.clone();
-                thread::spawn(move || {
-                    model.life.pin();
-                    if model.entry.load(Ordering::SeqCst) == 1 {
-                        // SAFETY: as above.
-                        let seen = model.memory.with(|memory| unsafe { *memory });
-                        assert_eq!(seen, 7);
-                    }
-                    let freed = model.life.unpin();
-                    model.reuse(freed);
-                })
-            };
-            let killer = {
-                let model = model.clone();
-                thread::spawn(move || {
-                    model.entry.store(0, Ordering::SeqCst);
-                    let freed = model.life.sub_live(1);
-                    model.reuse(freed);
-                })
-            };
+                thread::spawn(move || act(&model))
+            });
             let freed = model.life.seal();
             model.reuse(freed);
-            reader.join().unwrap();
-            killer.join().unwrap();
-            // SAFETY: both threads have ended.
-            let memory = model.memory.with(|memory| unsafe { *memory });
-            assert_eq!(memory, 8, "the span was freed once in any case");
+            threads
+                .into_iter()
+                .for_each(|thread| thread.join().unwrap());
+            assert_eq!(model.read(), 8, "the span was freed once in any case");
+        });
+    }
+
+    /// The way of a get: the index says where, and the span is pinned before the index is let go.
+    #[test]
+    fn loom_what_the_index_led_to_stays_as_long_as_the_pin() {
+        run(|model| {
+            let index = model.index.lock().unwrap();
+            if !*index {
+                return;
+            }
+            model.life.pin();
+            drop(index);
+            assert_eq!(model.read(), 7);
+            let freed = model.life.unpin();
+            model.reuse(freed);
+        });
+    }
+
+    /// The way of the table of twins: pinned at a guess. What is there may be of any life of the
+    /// span, but it is written, and stays so.
+    #[test]
+    fn loom_what_is_written_stays_as_long_as_the_pin() {
+        run(|model| {
+            model.life.pin();
+            if !model.life.is_free() && model.is_filled.load(Ordering::Acquire) {
+                let before = model.read();
+                assert_eq!(model.read(), before);
+            }
+            let freed = model.life.unpin();
+            model.reuse(freed);
         });
     }
 }

@@ -72,16 +72,17 @@ fn sum(span: u32, words: [u64; 3], secret: u64) -> u64 {
         .fold(mix(secret ^ u64::from(span)), |sum, word| mix(sum ^ word))
 }
 
+/// The words of one copy.
+pub(super) fn header_words(header: &SpanHeader, secret: u64) -> [u64; 4] {
+    let words = [header.role.to_word(), header.sequence, header.born];
+    let [role, sequence, born] = words;
+    [role, sequence, born, sum(header.span, words, secret)]
+}
+
 /// Writes both copies. The host must have given memory for them.
 pub(super) fn write_header(region: &Region, layout: Layout, header: &SpanHeader, secret: u64) {
-    let at = layout.span_bytes() * u64::from(header.span);
-    let words = [header.role.to_word(), header.sequence, header.born];
-    let all = [
-        words[0],
-        words[1],
-        words[2],
-        sum(header.span, words, secret),
-    ];
+    let at = layout.span_at(header.span);
+    let all = header_words(header, secret);
     for copy in [0, COPY_BYTES] {
         for (step, word) in (0..).step_by(8).zip(all) {
             region.word(at + copy + step).store(word.to_le(), Release);
@@ -96,7 +97,7 @@ pub(super) fn read_header(
     span: u32,
     secret: u64,
 ) -> Option<SpanHeader> {
-    let at = layout.span_bytes() * u64::from(span);
+    let at = layout.span_at(span);
     [0, COPY_BYTES].into_iter().find_map(|copy| {
         let word = |step: u64| u64::from_le(region.word(at + copy + step).load(Acquire));
         let words = [word(0), word(8), word(16)];

@@ -48,6 +48,9 @@ struct Span {
     populated: AtomicU32,
     /// Granules that are charged to the budget; not less than those populated.
     charged: AtomicU32,
+    /// The sequence number of the life in which damage was found in it, so that not all of it is
+    /// records.
+    damaged: PlainAtomicU64,
     /// The sequence number of the life in which its pages were looked at for recompression.
     settled: PlainAtomicU64,
 }
@@ -110,6 +113,7 @@ impl Spans {
             filled: AtomicU32::new(0),
             populated: AtomicU32::new(0),
             charged: AtomicU32::new(0),
+            damaged: PlainAtomicU64::new(0),
             settled: PlainAtomicU64::new(0),
         });
         let mut warm = Vec::new();
@@ -183,6 +187,18 @@ impl Spans {
     /// A page as young as this came into the span.
     pub(crate) fn rejuvenate(&self, span: u32, born: u64) {
         self.span(span).born.fetch_max(born, Relaxed);
+    }
+
+    /// Whether not all of it is records.
+    pub(crate) fn is_damaged(&self, span: u32) -> bool {
+        let entry = self.span(span);
+        entry.damaged.load(Relaxed) == entry.sequence.load(Relaxed)
+    }
+
+    /// It is so, in the present life of the span.
+    pub(crate) fn note_damage(&self, span: u32) {
+        let entry = self.span(span);
+        entry.damaged.store(entry.sequence.load(Relaxed), Relaxed);
     }
 
     /// Whether the span's pages were looked at for recompression.

@@ -23,9 +23,9 @@ use super::region::Region;
 /// The version of the format that this code writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 /// Bytes from one copy to the next; what lies between is unused.
-const COPY_BYTES: u64 = 2048;
+const COPY_BYTES: usize = 2048;
 /// Bytes of both copies with what is unused: not less than a page of the host.
-pub(crate) const SUPERBLOCK_BYTES: u64 = 4096;
+pub(crate) const SUPERBLOCK_BYTES: u64 = 2 * COPY_BYTES as u64;
 
 const MAGIC: [u8; 8] = *b"CRAMSTOR";
 const BYTES: usize = 256;
@@ -127,7 +127,7 @@ impl Superblock {
     /// Writes both copies, one after the other, each with its magic at last.
     pub(crate) fn write(&self, region: &Region) {
         let bytes = self.to_bytes();
-        for copy in [0, COPY_BYTES] {
+        for copy in [0, COPY_BYTES as u64] {
             let words = (0..).step_by(8).zip(bytes.as_chunks::<8>().0);
             for (at, word) in words.collect::<Vec<_>>().into_iter().rev() {
                 let word = u64::from_le_bytes(*word);
@@ -138,14 +138,21 @@ impl Superblock {
         }
     }
 
+    /// Puts both copies into the first bytes of an arena.
+    #[cfg(fuzzing)]
+    pub(crate) fn copy_to(&self, first_bytes: &mut [u8]) {
+        for copy in [0, COPY_BYTES] {
+            first_bytes[copy..copy + BYTES].copy_from_slice(&self.to_bytes());
+        }
+    }
+
     /// Reads the copy that is whole from the first bytes of an arena.
     pub(crate) fn read(first_bytes: &[u8]) -> Result<Self, Unreadable> {
         let copy = |at: usize| -> Result<Self, Unreadable> {
             let bytes = first_bytes.get(at..at + BYTES).ok_or(Unreadable::Foreign)?;
             Self::from_bytes(bytes.try_into().map_err(|_| Unreadable::Foreign)?)
         };
-        let second = usize::try_from(COPY_BYTES).map_err(|_| Unreadable::Foreign)?;
-        match (copy(0), copy(second)) {
+        match (copy(0), copy(COPY_BYTES)) {
             (Ok(read), _) | (_, Ok(read)) => Ok(read),
             (Err(Unreadable::Blank), Err(Unreadable::Blank)) => Err(Unreadable::Blank),
             (Err(Unreadable::Version(version)), _) | (_, Err(Unreadable::Version(version))) => {
@@ -182,8 +189,8 @@ mod tests {
     }
 
     fn copies(first: &Superblock) -> Vec<u8> {
-        let mut bytes = vec![0; SUPERBLOCK_BYTES as usize];
-        for at in [0, COPY_BYTES as usize] {
+        let mut bytes = vec![0; 2 * COPY_BYTES];
+        for at in [0, COPY_BYTES] {
             bytes[at..at + BYTES].copy_from_slice(&first.to_bytes());
         }
         bytes
@@ -208,13 +215,13 @@ mod tests {
         assert_eq!(reading(b"short"), Some(Unreadable::Foreign));
         let mut damaged = copies(&superblock());
         damaged[100] ^= 1;
-        damaged[COPY_BYTES as usize + 100] ^= 1;
+        damaged[COPY_BYTES + 100] ^= 1;
         assert_eq!(reading(&damaged), Some(Unreadable::Damaged));
         let mut newer = superblock().to_bytes();
         newer[8] = 2;
         let sum = XxHash3_64::oneshot(&newer[..SUM_AT]);
         newer[SUM_AT..].copy_from_slice(&sum.to_le_bytes());
-        let mut bytes = vec![0; SUPERBLOCK_BYTES as usize];
+        let mut bytes = vec![0; 2 * COPY_BYTES];
         bytes[..BYTES].copy_from_slice(&newer);
         assert_eq!(reading(&bytes), Some(Unreadable::Version(2)));
         let absurd = Superblock {

@@ -37,6 +37,7 @@ pub(crate) struct Walk<'a> {
     end: u32,
     /// No chain of lengths leads to `granule`.
     is_lost: bool,
+    was_lost: bool,
 }
 
 impl Arena {
@@ -51,11 +52,17 @@ impl Arena {
             granule: self.layout.first_granule(),
             end: end.min(self.layout.span_granules()),
             is_lost: false,
+            was_lost: false,
         }
     }
 }
 
 impl Walk<'_> {
+    /// Whether there was damage on the way.
+    pub(crate) fn was_lost(&self) -> bool {
+        self.was_lost
+    }
+
     /// The caller has verified (or could not verify) what was found while lost: the chain goes on
     /// behind it, or else every granule is tried as before.
     pub(crate) fn verified(&mut self, found: &Found, is_right: bool) {
@@ -67,6 +74,7 @@ impl Walk<'_> {
         } else {
             self.granule = start + 1;
             self.is_lost = true;
+            self.was_lost = true;
         }
     }
 }
@@ -88,6 +96,7 @@ impl Iterator for Walk<'_> {
             });
             let Some(read) = fits else {
                 self.is_lost = true;
+                self.was_lost = true;
                 self.granule += 1;
                 continue;
             };

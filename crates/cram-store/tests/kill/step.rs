@@ -28,6 +28,10 @@ impl Stepped {
         unsafe {
             command.pre_exec(|| ptrace::traceme().map_err(std::io::Error::from));
         }
+        #[allow(
+            clippy::zombie_processes,
+            reason = "waited for by its number, in `drop`"
+        )]
         let child = command.spawn().unwrap();
         let child = Self(Pid::from_raw(child.id() as i32));
         assert_eq!(child.wait(), WaitStatus::Stopped(child.0, Signal::SIGTRAP));

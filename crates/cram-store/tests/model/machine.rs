@@ -1,20 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Random operations of two clients on all kinds of pools, in a store so small
-//! that it is always in trouble, against a plain map. After every operation
-//! the whole store must agree with itself; and at any time it may be closed and
-//! opened again, with everything in it.
-
-#![allow(missing_docs)]
-// Failing is what tests do, also in functions that are no tests themselves.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::cast_possible_truncation
-)]
-
-mod pages;
+//! A store and the plain map that it must agree with. The property test runs it with operations that
+//! proptest draws, the fuzz target with those that the fuzzer makes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,8 +11,8 @@ use cram_store::{
     Backing, Client, GetResult, NoPool, ObjectId, PAGE_SIZE, Page, PoolError, PoolId, PoolKind,
     PoolSpec, PutResult, Refusal, Scratch, Store, StoreConfig,
 };
-use pages::{Content, config_of, content, page_of, times};
-use proptest::prelude::*;
+
+use crate::pages::{Content, config_of, page_of};
 
 const CAPACITY_BYTES: u64 = 512 << 10;
 const UUID: [u8; 16] = [9; 16];
@@ -35,17 +22,19 @@ const KINDS: [PoolKind; 3] = [
     PoolKind::SharedEphemeral { uuid: UUID },
 ];
 /// The quota of the second client; the first has none, until an operation sets one.
-const QUOTA_BYTES: u64 = 200 << 10;
+pub const QUOTA_BYTES: u64 = 200 << 10;
 
 /// A pool: which client's, and which of [`KINDS`], which is also its id.
 #[derive(Debug, Clone, Copy)]
-struct Which {
-    client: usize,
-    pool: usize,
+#[cfg_attr(fuzzing, derive(arbitrary::Arbitrary))]
+pub struct Which {
+    pub client: usize,
+    pub pool: usize,
 }
 
 #[derive(Debug, Clone)]
-enum Operation {
+#[cfg_attr(fuzzing, derive(arbitrary::Arbitrary))]
+pub enum Operation {
     Put {
         at: Which,
         object: u64,
@@ -91,41 +80,63 @@ enum Operation {
     Reopen,
 }
 
-fn index() -> impl Strategy<Value = u32> {
-    prop_oneof![
-        6 => 0_u32..200,
-        1 => Just(u32::MAX),
-        1 => Just(u32::MAX - 63),
-        1 => (0_u32..8).prop_map(|step| step << 24),
-    ]
+#[cfg(fuzzing)]
+impl Operation {
+    /// With numbers of the range that the model has clients, pools and objects of.
+    pub fn confined(mut self) -> Self {
+        let confine = |at: &mut Which| {
+            at.client %= 2;
+            at.pool %= 3;
+        };
+        match &mut self {
+            Self::Put {
+                at,
+                object,
+                first,
+                count,
+                ..
+            } => {
+                confine(at);
+                *object %= 3;
+                *first = small(*first);
+                *count = *count % 40 + 1;
+            }
+            Self::Get { at, object, index } => {
+                confine(at);
+                *object %= 3;
+                *index = small(*index);
+            }
+            Self::FlushPage {
+                at, object, first, ..
+            } => {
+                confine(at);
+                *object %= 3;
+                *first = small(*first);
+            }
+            Self::FlushObject { at, object } => {
+                confine(at);
+                *object %= 3;
+            }
+            Self::NewPool { at } | Self::DestroyPool { at } => confine(at),
+            Self::Freeze { client, .. } => *client %= 2,
+            Self::SetQuota { client, quota } => {
+                *client %= 2;
+                *quota = quota.map(|quota| quota % QUOTA_BYTES);
+            }
+            Self::Evict { client, bytes } => {
+                *client %= 2;
+                *bytes %= QUOTA_BYTES;
+            }
+            Self::Compact | Self::Recompress | Self::Reopen => (),
+        }
+        self
+    }
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
-    let at = || (0..2_usize, 0..3_usize).prop_map(|(client, pool)| Which { client, pool });
-    let object = || 0..3_u64;
-    let count = prop_oneof![0..70_u64, Just(1 << 32), Just(u64::MAX), Just(1 << 20)];
-    prop_oneof![
-        8 => (at(), object(), index(), prop_oneof![3 => 1..2_u32, 1 => 1..90_u32], content())
-            .prop_map(|(at, object, first, count, content)| {
-                Operation::Put { at, object, first, count, content }
-            }),
-        8 => (at(), object(), index())
-            .prop_map(|(at, object, index)| Operation::Get { at, object, index }),
-        2 => (at(), object(), index(), count)
-            .prop_map(|(at, object, first, count)| Operation::FlushPage { at, object, first, count }),
-        1 => (at(), object()).prop_map(|(at, object)| Operation::FlushObject { at, object }),
-        1 => at().prop_map(|at| Operation::NewPool { at }),
-        1 => at().prop_map(|at| Operation::DestroyPool { at }),
-        1 => (0..2_usize, any::<bool>())
-            .prop_map(|(client, is_frozen)| Operation::Freeze { client, is_frozen }),
-        1 => (0..2_usize, prop::option::of(0..QUOTA_BYTES))
-            .prop_map(|(client, quota)| Operation::SetQuota { client, quota }),
-        1 => (0..2_usize, 0..QUOTA_BYTES)
-            .prop_map(|(client, bytes)| Operation::Evict { client, bytes }),
-        1 => Just(Operation::Compact),
-        1 => Just(Operation::Recompress),
-        1 => Just(Operation::Reopen),
-    ]
+/// Mostly small, so that operations meet.
+#[cfg(fuzzing)]
+fn small(index: u32) -> u32 {
+    if index % 8 == 0 { index } else { index % 200 }
 }
 
 /// A page in the model: how to make it again.
@@ -137,10 +148,9 @@ struct Opened {
     clients: [Arc<Client>; 2],
 }
 
-struct Model {
+pub struct Model {
     opened: Option<Opened>,
     folder: tempfile::TempDir,
-    is_grouped: bool,
     is_open: [[bool; 3]; 2],
     is_frozen: [bool; 2],
     quota: [Option<u64>; 2],
@@ -168,7 +178,7 @@ fn object_of(object: u64) -> ObjectId {
 
 impl Model {
     /// `is_grouped`: both clients store equal pages once, together.
-    fn new(is_grouped: bool) -> Self {
+    pub fn new(is_grouped: bool) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let store = Self::open(&folder);
         let add = |name: &str, quota| match is_grouped {
@@ -179,7 +189,6 @@ impl Model {
         let mut model = Self {
             opened: Some(Opened { store, clients }),
             folder,
-            is_grouped,
             is_open: [[false; 3]; 2],
             is_frozen: [false; 2],
             quota: [None, Some(QUOTA_BYTES)],
@@ -371,7 +380,7 @@ impl Model {
         self.pages.retain(|key, _| !is_hit(key));
     }
 
-    fn run(&mut self, operation: Operation) {
+    pub fn run(&mut self, operation: Operation) {
         match operation {
             Operation::Put {
                 at,
@@ -411,7 +420,7 @@ impl Model {
         }
     }
 
-    fn verify(&self) {
+    pub fn verify(&self) {
         self.store().check().unwrap();
         assert!(self.store().stats().mem_used_max <= CAPACITY_BYTES);
         for space in [0, 2] {
@@ -422,44 +431,37 @@ impl Model {
             assert_eq!(pool.pages(), expected, "a persistent pool lost pages");
         }
     }
-}
 
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: u32::try_from(times(600)).unwrap(),
-        failure_persistence: None,
-        max_shrink_iters: 4000,
-        ..ProptestConfig::default()
-    })]
-
-    #[test]
-    fn the_store_does_what_a_map_does(
-        operations in prop::collection::vec(operation(), 1..150),
-        is_grouped: bool,
-    ) {
-        let mut model = Model::new(is_grouped);
-        for operation in operations {
-            model.run(operation);
-            model.verify();
-        }
+    /// Gets and compares everything, and leaves an empty store.
+    pub fn finish(mut self) {
         // At last everything that the model still has is got and compared.
-        let keys: Vec<_> = model.pages.keys().copied().collect();
+        let keys: Vec<_> = self.pages.keys().copied().collect();
         for (space, object, index) in keys {
             let at = match space {
-                4 => Which { client: usize::from(!model.is_open[0][2]), pool: 2 },
-                space => Which { client: space / 2, pool: space % 2 },
+                4 => Which {
+                    client: usize::from(!self.is_open[0][2]),
+                    pool: 2,
+                },
+                space => Which {
+                    client: space / 2,
+                    pool: space % 2,
+                },
             };
-            model.get(at, object, index);
+            self.get(at, object, index);
         }
-        model.verify();
+        self.verify();
         for name in ["first", "second"] {
-            assert!(model.store().remove_client(name));
+            assert!(self.store().remove_client(name));
         }
-        model.pages.clear();
-        model.store().compact();
-        model.store().check().unwrap();
-        let held = model.store().stats();
-        prop_assert_eq!((held.pages_stored, held.compr_data_size), (0, 0));
-        prop_assert!(held.mem_used_total < 48 << 10, "an empty store holds {}", held.mem_used_total);
+        self.pages.clear();
+        self.store().compact();
+        self.store().check().unwrap();
+        let held = self.store().stats();
+        assert_eq!((held.pages_stored, held.compr_data_size), (0, 0));
+        assert!(
+            held.mem_used_total < 48 << 10,
+            "an empty store holds {}",
+            held.mem_used_total
+        );
     }
 }
