@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cram_abi::wire::MAX_REQUEST_QUEUES;
+use cram_store::Background;
 
 use crate::client::Offer;
-use crate::server::Options;
+use crate::server::{Options, StoreOptions};
 use crate::size;
 
 /// The smallest store that is of any use.
@@ -55,6 +56,26 @@ pub struct Arguments {
     #[arg(long, short = 'q', value_name = "SIZE", value_parser = size::parse)]
     pub quota: Option<u64>,
 
+    /// Keep the pages in this file, so that they outlive the daemon: memory, if it is under /dev/shm
+    /// or on hugetlbfs. It is made if it is not there; a daemon that finds one finds its pages
+    /// [default: memory that ends with the daemon]
+    #[arg(long, short = 'a', value_name = "FILE")]
+    pub arena: Option<PathBuf>,
+
+    /// Store equal pages once: those of each guest, those of all guests (who can then learn from how
+    /// fast a page is stored whether another guest has it), or none
+    #[arg(long, value_enum, value_name = "WHOSE", default_value_t = Dedup::Guest)]
+    pub dedup: Dedup,
+
+    /// Compress pages once more, and better, that were cold for so many seconds; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub cold_after: u32,
+
+    /// Share of one processor, in percent, for compaction and recompression
+    #[arg(long, value_name = "PERCENT", default_value_t = 25,
+          value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub background_cpu: u32,
+
     /// Request queues of each guest; one for each of its CPUs is best
     #[arg(long, value_name = "N", default_value_t = 4,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_REQUEST_QUEUES)))]
@@ -77,6 +98,17 @@ pub struct Arguments {
     /// How much to say: off, error, warn, info, debug or trace [default: info, or what RUST_LOG says]
     #[arg(long, value_name = "LEVEL", value_parser = log_level)]
     pub log_level: Option<log::LevelFilter>,
+}
+
+/// Whose equal pages are stored once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dedup {
+    /// Nobody's.
+    Off,
+    /// Each guest's own.
+    Guest,
+    /// All guests' together.
+    All,
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -137,7 +169,16 @@ impl Arguments {
         Ok(Options {
             sockets: self.socket_paths.clone(),
             control_socket: self.control_socket.clone(),
-            capacity_bytes: self.capacity,
+            store: StoreOptions {
+                capacity_bytes: self.capacity,
+                arena: self.arena.clone(),
+                dedup: self.dedup,
+                background: Background {
+                    cpu_percent: self.background_cpu,
+                    cold_after: (self.cold_after > 0)
+                        .then(|| Duration::from_secs(self.cold_after.into())),
+                },
+            },
             quota_bytes: self.quota,
             offer: Offer {
                 request_queues: self.num_queues,

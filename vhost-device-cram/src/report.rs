@@ -112,11 +112,15 @@ pub fn stats(answer: &Value, earlier: Option<(Duration, &Value)>) -> String {
     );
     let _ = writeln!(
         out,
-        "pages     {} ({}), {} same-filled, {} incompressible",
+        "pages     {} ({}), {} same-filled, {} incompressible, {} with the bytes of {} others, {} \
+         compressed twice",
         number(store, "pages_stored"),
         shown("orig_data_size"),
         number(store, "same_pages"),
         number(store, "huge_pages"),
+        number(store, "pages_sharing"),
+        number(store, "pages_shared"),
+        number(store, "recompressed_pages"),
     );
     let _ = writeln!(
         out,
@@ -223,10 +227,106 @@ pub fn clients(answer: &Value) -> String {
         rows.push(vec![
             text(client, "name").to_owned(),
             state(client).to_owned(),
-            text(client, "socket").to_owned(),
+            match client.get("socket") {
+                Some(Value::Null) => "- (none any more)".to_owned(),
+                _ => text(client, "socket").to_owned(),
+            },
         ]);
     }
     table(&rows, 3)
+}
+
+/// The answer to `store.compact`.
+pub fn compacted(answer: &Value) -> String {
+    format!(
+        "{} spans emptied; held {} before, {} now\n",
+        number(answer, "spans_emptied"),
+        size::show(number(answer, "held_before")),
+        size::show(number(answer, "held")),
+    )
+}
+
+/// The answer to `store.recompress`.
+pub fn recompressed(answer: &Value) -> String {
+    format!(
+        "{} pages are compressed twice; {} before, {} now\n",
+        number(answer, "recompressed_pages"),
+        size::show(number(answer, "compr_data_size_before")),
+        size::show(number(answer, "compr_data_size")),
+    )
+}
+
+/// A bar of up to `width` characters for `part` of `whole`.
+fn bar(part: u64, whole: u64, width: u64) -> String {
+    let length = u128::from(part) * u128::from(width) / u128::from(whole.max(1));
+    let length = usize::try_from(length).unwrap_or(0);
+    "#".repeat(length.max(usize::from(part > 0)))
+}
+
+/// The answer to `store.anatomy`.
+pub fn anatomy(answer: &Value) -> String {
+    const WIDTH: u64 = 40;
+    let mut out = String::new();
+    let sizes = list(answer, "sizes");
+    // Eight of the daemon's buckets to a line.
+    let mut lines: Vec<(u64, u64)> = Vec::new();
+    for entry in sizes {
+        let line = number(entry, "bytes_max").div_ceil(512) * 512;
+        let images = number(entry, "images");
+        match lines.last_mut() {
+            Some((last, sum)) if *last == line => *sum += images,
+            _ => lines.push((line, images)),
+        }
+    }
+    let most = lines.iter().map(|(_, images)| *images).max().unwrap_or(0);
+    let _ = writeln!(out, "images by size");
+    for (bytes, images) in lines {
+        let bar = bar(images, most, WIDTH);
+        let _ = writeln!(out, "  up to {bytes:>5} B  {images:>10}  {bar}");
+    }
+    let ages = list(answer, "ages");
+    let most = ages
+        .iter()
+        .map(|age| number(age, "bytes"))
+        .max()
+        .unwrap_or(0);
+    let _ = writeln!(out, "bytes by age");
+    for age in ages {
+        let (seconds, bytes) = (number(age, "age_s_max"), number(age, "bytes"));
+        let bar = bar(bytes, most, WIDTH);
+        let _ = writeln!(
+            out,
+            "  up to {:>7}  {:>10}  {bar}",
+            show_seconds(seconds),
+            size::show(bytes)
+        );
+    }
+    let _ = writeln!(
+        out,
+        "metadata  {}\ndamage    {} records lost, {} flipped bits corrected",
+        size::show(number(answer, "metadata_bytes")),
+        number(answer, "damaged_records"),
+        number(answer, "corrected_bits"),
+    );
+    if let Some(recovery) = answer.get("recovery").filter(|_| answer.is_object()) {
+        let _ = writeln!(
+            out,
+            "found     {} pages at the start, in {} ms; {} discarded",
+            number(recovery, "pages"),
+            number(recovery, "took_us") / 1000,
+            number(recovery, "discarded"),
+        );
+    }
+    out
+}
+
+fn show_seconds(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
 }
 
 /// The answer to `methods`.
@@ -295,6 +395,9 @@ mod tests {
                 clients(&odd),
                 methods(&odd),
                 version(&odd),
+                anatomy(&odd),
+                compacted(&odd),
+                recompressed(&odd),
             );
         }
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use cram_store::{Store, StoreConfig, StoreError};
+use cram_store::{Background, Backing, Client, Store, StoreConfig, StoreError};
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vhost::vhost_user::{Error as VhostError, Listener};
@@ -25,6 +25,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::announce::Announcer;
+use crate::cli::Dedup;
 use crate::client::{Guest, Offer};
 use crate::control;
 use crate::device::Device;
@@ -38,12 +39,72 @@ pub struct Options {
     pub sockets: Vec<PathBuf>,
     /// The control socket.
     pub control_socket: Option<PathBuf>,
-    /// Bytes that the store may hold.
-    pub capacity_bytes: u64,
+    /// The store.
+    pub store: StoreOptions,
     /// Bytes that each guest may hold; the whole capacity when not given.
     pub quota_bytes: Option<u64>,
     /// What each guest is offered.
     pub offer: Offer,
+}
+
+/// What the store is made with.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Bytes that it may hold.
+    pub capacity_bytes: u64,
+    /// The file that pages are kept in; memory that ends with the daemon when not given.
+    pub arena: Option<PathBuf>,
+    /// Whose equal pages are stored once.
+    pub dedup: Dedup,
+    /// What its background thread may do.
+    pub background: Background,
+}
+
+impl StoreOptions {
+    /// Usual ones.
+    pub fn with_capacity(capacity_bytes: u64) -> Self {
+        Self {
+            capacity_bytes,
+            arena: None,
+            dedup: Dedup::Guest,
+            background: Background::default(),
+        }
+    }
+
+    fn open(&self, max_pools_per_client: u32) -> Result<Arc<Store>, StoreError> {
+        let backing = match &self.arena {
+            Some(path) => Backing::File(path.clone()),
+            None => Backing::Memory,
+        };
+        Store::new(StoreConfig {
+            capacity_bytes: self.capacity_bytes,
+            // The sockets are what limits them; and an arena may know more.
+            max_clients: cram_store::CLIENTS_MAX,
+            max_pools_per_client,
+            backing,
+            background: Some(self.background),
+            share_equal_pages: self.dedup != Dedup::Off,
+        })
+    }
+
+    /// The account of the guest with this name: the one that the arena knows, or a new one.
+    fn account(
+        &self,
+        store: &Store,
+        name: &str,
+        quota_bytes: Option<u64>,
+    ) -> Result<Arc<Client>, StoreError> {
+        /// What the sharing group of all guests is called.
+        const ALL_GUESTS: &str = "all guests";
+        if let Some(known) = store.client(name) {
+            known.set_quota(quota_bytes);
+            return Ok(known);
+        }
+        match self.dedup {
+            Dedup::All => store.add_client_to_group(name, quota_bytes, ALL_GUESTS),
+            Dedup::Off | Dedup::Guest => store.add_client(name, quota_bytes),
+        }
+    }
 }
 
 /// Why a daemon cannot start.
@@ -137,17 +198,11 @@ pub struct Daemon {
 impl Daemon {
     /// Starts: afterwards every socket is being listened on.
     pub fn start(options: &Options) -> Result<Self, StartError> {
-        let config = StoreConfig {
-            capacity_bytes: options.capacity_bytes,
-            max_clients: u32::try_from(options.sockets.len()).unwrap_or(u32::MAX),
-            max_pools_per_client: options.offer.max_pools,
-            ..StoreConfig::default()
-        };
-        let store = Store::new(config)?;
+        let store = options.store.open(options.offer.max_pools)?;
         let announcer = Arc::new(Announcer::default());
         let mut guests = Vec::new();
         for (name, path) in names(&options.sockets).into_iter().zip(&options.sockets) {
-            let account = store.add_client(&name, options.quota_bytes)?;
+            let account = options.store.account(&store, &name, options.quota_bytes)?;
             guests.push(Arc::new(Guest::new(
                 name,
                 path.clone(),
@@ -167,6 +222,7 @@ impl Daemon {
         let control = control
             .map(|path| BoundSocket::listen(path, true))
             .transpose()?;
+        report_recovery(&store, &guests);
         let stop = Arc::new(Stop {
             stopping: AtomicBool::new(false),
             bell: eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?,
@@ -237,6 +293,36 @@ impl Drop for Daemon {
             if thread.join().is_err() {
                 log::error!("a thread of the daemon panicked");
             }
+        }
+    }
+}
+
+/// Says what was found in an arena.
+fn report_recovery(store: &Store, guests: &[Arc<Guest>]) {
+    let recovery = store.recovery();
+    if recovery.pages > 0 || recovery.discarded > 0 {
+        let verified = if recovery.is_verified {
+            ", every one verified since the machine was started anew"
+        } else {
+            ""
+        };
+        log::info!(
+            "{} pages found again in {:.3} s, {} torn or older records discarded{verified}",
+            recovery.pages,
+            recovery.took.as_secs_f64(),
+            recovery.discarded,
+        );
+    }
+    for client in store.clients() {
+        let has_socket = guests.iter().any(|guest| guest.name == client.name());
+        if !has_socket {
+            log::warn!(
+                "the arena has {} pages of {}, which has no socket: they stay until it has one, or \
+                 \"cramctl remove {}\"",
+                client.stats().pages_stored,
+                client.name(),
+                client.name(),
+            );
         }
     }
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::Value;
 use vhost_device_cram::client::Offer;
 use vhost_device_cram::control::client::Caller;
-use vhost_device_cram::server::{Daemon, Options};
+use vhost_device_cram::server::{Daemon, Options, StoreOptions};
 
 use super::device::{self, Guest};
 
@@ -46,7 +46,7 @@ impl TestDaemon {
                 .map(|k| folder.path().join(format!("guest{k}.sock")))
                 .collect(),
             control_socket: Some(folder.path().join("control.sock")),
-            capacity_bytes,
+            store: StoreOptions::with_capacity(capacity_bytes),
             quota_bytes: None,
             offer: Offer {
                 request_queues: 2,

@@ -57,6 +57,28 @@ enum Command {
         #[arg(value_parser = size::parse)]
         size: Option<u64>,
     },
+    /// Show what a client counts for when the store is full, or set it (100 is usual)
+    Weight {
+        /// The client's name
+        client: String,
+        /// The new weight
+        weight: Option<u32>,
+    },
+    /// Forget a client that has no socket any more, with its pages
+    Remove {
+        /// The client's name
+        client: String,
+    },
+    /// Move what is stored together, and give what is free back to the host
+    Compact,
+    /// Compress cold pages once more, and better
+    Recompress {
+        /// Only pages that were cold for so many seconds
+        #[arg(default_value_t = 0)]
+        cold_after: u32,
+    },
+    /// Show how large the stored images are, how cold, and what else is held
+    Anatomy,
     /// Refuse all further puts of a client
     Freeze {
         /// The client's name
@@ -183,6 +205,35 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
                 .unwrap_or_default();
             show(&format!("{client}: quota {}\n", size::show(bytes)))
         }
+        Command::Weight { client, weight } => {
+            let mut params = json!({ "client": client });
+            if let Some(weight) = weight {
+                params["weight"] = weight.into();
+            }
+            let answer = caller.call("client.weight", &params)?;
+            let weight = answer.get("weight").and_then(Value::as_u64);
+            show(&format!(
+                "{client}: weight {}\n",
+                weight.unwrap_or_default()
+            ))
+        }
+        Command::Remove { client } => {
+            let answer = caller.call("client.remove", &json!({ "client": client }))?;
+            let pages = answer.get("pages").and_then(Value::as_u64);
+            let pages = pages.unwrap_or_default();
+            show(&format!("{client}: removed, with {pages} pages\n"))
+        }
+        Command::Compact => {
+            let answer = caller.call("store.compact", &json!({}))?;
+            show(&report::compacted(&answer))
+        }
+        Command::Recompress { cold_after } => {
+            let params = json!({ "cold_after_s": cold_after });
+            show(&report::recompressed(
+                &caller.call("store.recompress", &params)?,
+            ))
+        }
+        Command::Anatomy => show(&report::anatomy(&caller.call("store.anatomy", &json!({}))?)),
         Command::Freeze { client } => {
             caller.call("client.freeze", &json!({ "client": client }))?;
             show(&format!("{client}: frozen, puts are refused\n"))

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use cram_abi::wire;
 use cram_store::{PoolId, PoolKind};
@@ -58,6 +59,38 @@ const METHODS: &[Method] = &[
         params: "client, bytes (number or size such as \"512M\"; optional)",
         description: "Tell a client's quota, or set it. Pages above a smaller quota stay.",
         run: quota,
+    },
+    Method {
+        name: "client.weight",
+        params: "client, weight (number; optional)",
+        description: "Tell what a client counts for when the store is full, or set it. 100 is \
+                      usual; who uses more than a share by weight gives way first.",
+        run: weight,
+    },
+    Method {
+        name: "client.remove",
+        params: "client",
+        description: "Forget a client that the arena knows and that has no socket, with its pages.",
+        run: remove,
+    },
+    Method {
+        name: "store.compact",
+        params: "",
+        description: "Move what is stored together, and give all that is free back to the host.",
+        run: |shared, params| none(params).map(|()| compact(shared)),
+    },
+    Method {
+        name: "store.recompress",
+        params: "cold_after_s (number of seconds; optional: 0)",
+        description: "Compress pages once more, and better, that were cold for so long.",
+        run: recompress,
+    },
+    Method {
+        name: "store.anatomy",
+        params: "",
+        description: "How large the stored images are (a count for each 64 bytes), how cold how \
+                      much is, what is metadata, what was damaged, what was found at the start.",
+        run: |shared, params| none(params).map(|()| anatomy(shared)),
     },
     Method {
         name: "client.freeze",
@@ -186,6 +219,7 @@ fn stats(shared: &Shared) -> Value {
 fn client_stats(guest: &Guest) -> Value {
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let counters = &guest.counters;
+    let reclaim = guest.store.reclaim_target(&guest.account);
     let pools = guest.account.pools().into_iter();
     let pools: Vec<_> = pools
         .map(|(PoolId(id), pool)| {
@@ -209,7 +243,10 @@ fn client_stats(guest: &Guest) -> Value {
         "connected": guest.is_connected(),
         "frozen": guest.account.is_frozen(),
         "quota_bytes": guest.quota_bytes(),
+        "weight": guest.account.weight(),
         "pressure": guest.pressure(),
+        "reclaim_bytes": reclaim.bytes,
+        "reclaim_pages": reclaim.pages,
         "device": {
             "connections": read(&counters.connections),
             "requests": read(&counters.requests),
@@ -233,7 +270,120 @@ fn clients(shared: &Shared) -> Value {
             "frozen": guest.account.is_frozen(),
         })
     };
-    json!({ "clients": shared.guests.iter().map(entry).collect::<Vec<_>>() })
+    let mut clients: Vec<_> = shared.guests.iter().map(entry).collect();
+    for client in shared.store.clients() {
+        if shared.guest(client.name()).is_none() {
+            clients.push(json!({
+                "name": client.name(),
+                "socket": null,
+                "connected": false,
+                "frozen": client.is_frozen(),
+            }));
+        }
+    }
+    json!({ "clients": clients })
+}
+
+fn weight(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        client: String,
+        weight: Option<u32>,
+    }
+    let wanted: Params = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    if let Some(weight) = wanted.weight {
+        guest.account.set_weight(weight);
+        log::info!("{}: weight set to {weight}", guest.name);
+    }
+    Ok(json!({ "client": guest.name, "weight": guest.account.weight() }))
+}
+
+fn remove(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    let wanted: OnlyClient = params(given)?;
+    let name = wanted.client;
+    if shared.guest(&name).is_some() {
+        return Err(Error::new(
+            INVALID_PARAMS,
+            format!("\"{name}\" has a socket; only clients without one can be removed"),
+        ));
+    }
+    let pages = shared
+        .store
+        .client(&name)
+        .map(|client| client.stats().pages_stored);
+    match pages {
+        Some(pages) if shared.store.remove_client(&name) => {
+            log::info!("{name}: removed, with {pages} pages");
+            Ok(json!({ "client": name, "pages": pages }))
+        }
+        _ => Err(Error::new(
+            NOT_FOUND,
+            format!("the arena knows no client \"{name}\""),
+        )),
+    }
+}
+
+fn compact(shared: &Shared) -> Value {
+    let before = shared.store.stats().mem_used_total;
+    let spans = shared.store.compact();
+    let after = shared.store.stats().mem_used_total;
+    log::info!(
+        "compacted: {} held before, {} now",
+        size::show(before),
+        size::show(after)
+    );
+    json!({ "spans_emptied": spans, "held_before": before, "held": after })
+}
+
+fn recompress(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        #[serde(default)]
+        cold_after_s: u32,
+    }
+    let wanted: Params = params(given)?;
+    let before = shared.store.stats();
+    let cold_after = Duration::from_secs(wanted.cold_after_s.into());
+    shared.store.recompress(cold_after);
+    let after = shared.store.stats();
+    Ok(json!({
+        "recompressed_pages": after.recompressed_pages,
+        "compr_data_size_before": before.compr_data_size,
+        "compr_data_size": after.compr_data_size,
+    }))
+}
+
+fn anatomy(shared: &Shared) -> Value {
+    let store = &shared.store;
+    let sizes: Vec<_> = store
+        .size_histogram()
+        .into_iter()
+        .map(|(bytes_max, images)| json!({ "bytes_max": bytes_max, "images": images }))
+        .collect();
+    let ages: Vec<_> = store
+        .age_distribution()
+        .into_iter()
+        .map(|age| json!({ "age_s_max": age.age_s_max, "bytes": age.bytes }))
+        .collect();
+    let (damaged_records, corrected_bits) = store.damage();
+    let recovery = store.recovery();
+    json!({
+        "metadata_bytes": store.metadata_bytes(),
+        "sizes": sizes,
+        "ages": ages,
+        "damaged_records": damaged_records,
+        "corrected_bits": corrected_bits,
+        "recovery": {
+            "pages": recovery.pages,
+            "discarded": recovery.discarded,
+            "verified": recovery.is_verified,
+            "threads": recovery.threads,
+            "took_us": u64::try_from(recovery.took.as_micros()).unwrap_or(u64::MAX),
+        },
+    })
 }
 
 #[derive(Deserialize)]
