@@ -106,7 +106,11 @@ struct Image {
 
 /// Mostly small, so that records refer to each other.
 fn small(number: u32) -> u32 {
-    if number % 16 == 0 { number } else { number % 6 }
+    if number.is_multiple_of(16) {
+        number
+    } else {
+        number % 6
+    }
 }
 
 fuzz_target!(|image: Image| {

@@ -12,11 +12,13 @@
     reason = "a program: nothing in it is reachable from outside"
 )]
 
+mod bench;
 mod cache;
 mod check_patches;
 mod clean;
 mod command;
 mod demo;
+mod fuzz;
 mod parts;
 mod play;
 mod progress;
@@ -68,6 +70,15 @@ enum Subject {
     /// Prints what each stage says as it says it, then a table of the stages and one closing
     /// line. A stage that fails does not keep the others from running; the exit status tells.
     Test(Building<suite::TestArgs>),
+    /// Measures, and shows each figure beside what was aimed at
+    ///
+    /// The figures go to target/bench as JSON, and a picture beside it. Leave the machine alone
+    /// while it runs.
+    Bench(bench::BenchArgs),
+    /// Feeds the parts that face guests, clients and files with inputs that a fuzzer makes
+    ///
+    /// Stops at the first one that makes a target fail, and keeps it.
+    Fuzz(fuzz::FuzzArgs),
     /// Starts a guest with a shell on this terminal, and the daemon beside it
     ///
     /// To leave, type `poweroff` in the guest, or Ctrl-A and then X at any time.
@@ -103,6 +114,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             demo::run(args.own, &artifacts)?;
         }
         Subject::Test(args) => return suite::run(args.own, args.sources),
+        Subject::Bench(args) => bench::run(&args)?,
+        Subject::Fuzz(args) => fuzz::run(&args)?,
         Subject::Run(args) => return play::run(&args.own, args.sources),
         Subject::Build(args) => parts::build(&args.own, args.sources)?,
         Subject::CheckPatches(args) => check_patches::run(&args.own, args.sources)?,

@@ -14,6 +14,7 @@ use cram_tests::guest::Artifacts;
 
 use crate::check_patches;
 use crate::command::{for_each_line, program_name};
+use crate::fuzz::Fuzzer;
 use crate::parts::{Builder, SourceArgs};
 use crate::progress::human_duration;
 use crate::workspace;
@@ -35,6 +36,9 @@ pub struct TestArgs {
     /// Start no guests: needs neither a kernel nor QEMU
     #[arg(long)]
     no_guest: bool,
+    /// Take hours instead of minutes: what draws lots does so twenty times as often
+    #[arg(long, conflicts_with = "quick")]
+    long: bool,
     /// Seed of the tests that draw lots; each prints the one it used
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -45,6 +49,15 @@ pub struct TestArgs {
 struct Tally {
     passed: u64,
     failed: u64,
+}
+
+impl Tally {
+    fn plus(self, other: Tally) -> Tally {
+        Tally {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+        }
+    }
 }
 
 struct Stage {
@@ -74,13 +87,29 @@ pub fn run(args: TestArgs, sources: SourceArgs) -> Result<ExitCode> {
         root: workspace::root()?,
         stages: Vec::new(),
     };
+    // Now, so that the stages which need no guest find a C++ compiler.
+    let builder = if args.no_guest {
+        None
+    } else {
+        Some(Builder::open(sources)?)
+    };
     if args.only.is_none() {
         suite.stage("format", |suite| suite.fmt());
         suite.stage("lints", |suite| suite.clippy());
     }
     suite.stage("unit and protocol tests", |suite| suite.unit());
-    if !args.no_guest {
-        suite.guests(sources)?;
+    if suite.args.only.is_none() {
+        suite.stage("all schedules (loom)", |suite| suite.loom());
+        suite.stage("many schedules (shuttle)", |suite| suite.shuttle());
+        if has_miri() {
+            suite.stage("Miri", |suite| suite.miri());
+        }
+        if !suite.args.quick {
+            suite.stage("fuzzing", |suite| suite.fuzz());
+        }
+    }
+    if let Some(builder) = &builder {
+        suite.guests(builder);
     }
     Ok(suite.report(started.elapsed()))
 }
@@ -104,23 +133,104 @@ impl Suite<'_> {
     }
 
     fn fmt(&self) -> Result<Tally> {
-        self.check(workspace::cargo().args(["fmt", "--all", "--check"]))
+        let whole = self.check(workspace::cargo().args(["fmt", "--all", "--check"]))?;
+        let fuzz = self.check(
+            workspace::cargo()
+                .args(["fmt", "--check"])
+                .args(["--manifest-path", FUZZ_MANIFEST]),
+        )?;
+        Ok(whole.plus(fuzz))
     }
 
     fn clippy(&self) -> Result<Tally> {
-        self.check(
+        let whole = self.check(
             workspace::cargo()
                 .args(["clippy", "--workspace", "--all-targets", "--all-features"])
                 .args(["--", "-D", "warnings"]),
-        )
+        )?;
+        let fuzz = self.check(
+            workspace::cargo()
+                .args(["clippy", "--locked", "--manifest-path", FUZZ_MANIFEST])
+                .arg("--target-dir")
+                .arg(self.target_dir("fuzz-lints"))
+                .env("RUSTFLAGS", "--cfg fuzzing")
+                .args(["--", "-D", "warnings"]),
+        )?;
+        Ok(whole.plus(fuzz))
+    }
+
+    fn target_dir(&self, name: &str) -> PathBuf {
+        workspace::target_dir(&self.root).join(name)
+    }
+
+    /// The store's tests that are built with other locks and atomics; `flags` says so.
+    fn schedules(&self, flags: &str, args: &[&str]) -> Result<Tally> {
+        let mut command = workspace::cargo();
+        command
+            .args(["test", "--package", "cram-store", "--release"])
+            .arg("--target-dir")
+            .arg(self.target_dir("schedules"))
+            .args(args)
+            .env("RUSTFLAGS", flags);
+        self.repeat(&mut command);
+        self.tests(&mut command)
+    }
+
+    fn loom(&self) -> Result<Tally> {
+        self.schedules("--cfg loom", &["--lib", "loom_"])
+    }
+
+    fn shuttle(&self) -> Result<Tally> {
+        self.schedules("--cfg shuttle", &["--test", "schedules"])
+    }
+
+    /// What is unsafe, under an interpreter that knows what is undefined.
+    fn miri(&self) -> Result<Tally> {
+        let mut command = Command::new("cargo");
+        command
+            .args(["+nightly", "miri", "test", "--package", "cram-store"])
+            .args(["--lib", "arena::"])
+            .arg("--target-dir")
+            .arg(self.target_dir("miri"))
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation");
+        self.tests(&mut command)
+    }
+
+    fn fuzz(&self) -> Result<Tally> {
+        let fuzzer = Fuzzer::build()?;
+        let mut tally = Tally::default();
+        for target in fuzzer.targets()? {
+            println!("fuzzing {target}");
+            let limit = if self.args.long {
+                LONG_FUZZING
+            } else {
+                SHORT_FUZZING
+            };
+            match fuzzer.fuzz(&target, limit, 1) {
+                Ok(()) => tally.passed += 1,
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    tally.failed += 1;
+                }
+            }
+        }
+        Ok(tally)
+    }
+
+    /// Sets what the tests that draw lots look at.
+    fn repeat(&self, command: &mut Command) {
+        if let Some(seed) = self.args.seed {
+            command.env(SEED, seed.to_string());
+        }
+        if self.args.long {
+            command.env(LONG, LONG_FACTOR.to_string());
+        }
     }
 
     fn unit(&self) -> Result<Tally> {
         let mut command = workspace::cargo();
         command.args(["test", "--workspace", "--no-fail-fast"]);
-        if let Some(seed) = self.args.seed {
-            command.env(SEED, seed.to_string());
-        }
+        self.repeat(&mut command);
         if let Some(filter) = &self.args.only {
             command.args(["--", filter]);
         }
@@ -128,10 +238,9 @@ impl Suite<'_> {
     }
 
     /// The stages that need a kernel or QEMU.
-    fn guests(&mut self, sources: SourceArgs) -> Result<()> {
+    fn guests(&mut self, builder: &Builder) {
         eprintln!("\n== building");
         let started = Instant::now();
-        let builder = Builder::open(sources)?;
         let with_debug = !self.args.quick;
         let built = builder.artifacts(with_debug);
         let (artifacts, tally) = match built {
@@ -149,7 +258,7 @@ impl Suite<'_> {
         });
         if self.args.only.is_none() {
             self.stage("kernel patches", |_| {
-                let count = check_patches::checkpatch(&builder)?;
+                let count = check_patches::checkpatch(builder)?;
                 Ok(Tally {
                     passed: count as u64,
                     failed: 0,
@@ -157,7 +266,7 @@ impl Suite<'_> {
             });
         }
         let Some(artifacts) = artifacts else {
-            return Ok(());
+            return;
         };
         if self.args.only.is_none()
             && let Some(qtest) = &artifacts.qtest
@@ -171,7 +280,6 @@ impl Suite<'_> {
                 suite.guest_tests(&list, Kernel::Debug)
             });
         }
-        Ok(())
     }
 
     fn qtest(&self, artifacts: &Artifacts, program: &Path) -> Result<Tally> {
@@ -216,9 +324,7 @@ impl Suite<'_> {
                 }
             },
         }
-        if let Some(seed) = self.args.seed {
-            command.env(SEED, seed.to_string());
-        }
+        self.repeat(&mut command);
         self.tests(&mut command)
     }
 
@@ -296,6 +402,24 @@ impl Suite<'_> {
 
 /// The environment variable that tests take their seed from.
 const SEED: &str = "CRAM_SEED";
+/// The one that says how many times as often they draw lots.
+const LONG: &str = "CRAM_LONG";
+const LONG_FACTOR: u32 = 20;
+const FUZZ_MANIFEST: &str = "fuzz/Cargo.toml";
+const SHORT_FUZZING: Duration = Duration::from_secs(10);
+const LONG_FUZZING: Duration = Duration::from_secs(600);
+
+/// Whether a nightly toolchain with Miri is installed. (It cannot be had from the registries that the
+/// tests may use, so it is not asked for.)
+fn has_miri() -> bool {
+    Command::new("cargo")
+        .args(["+nightly", "miri", "--version"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
 
 /// A program that failed has failed, even when no test of it says so.
 fn judge(mut tally: Tally, ok: bool) -> Tally {

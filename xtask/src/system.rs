@@ -16,6 +16,7 @@ use crate::progress::Step;
 /// Packages that the builds need, each with the part that needs it.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "everything"),
+    ("g++", "fuzzing"),
     ("libc6-dev", "everything"),
     ("make", "everything"),
     ("patch", "everything"),
@@ -42,6 +43,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libfdt-dev", "QEMU"),
     ("zlib1g-dev", "QEMU"),
     ("e2fsprogs", "the image"),
+    ("strace", "benchmarks"),
 ];
 
 /// Needed when the user's own Rust has no library sources.

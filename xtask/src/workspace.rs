@@ -72,17 +72,26 @@ pub fn build_programs(root: &Path, cache: &Cache) -> Result<HostPrograms> {
         &["--package", "cram-workload", "--bins"],
         true,
     )?;
-    let find = |list: &[PathBuf], name: &str| -> Result<PathBuf> {
-        list.iter()
-            .find(|path| path.file_name().is_some_and(|file| file == name))
-            .cloned()
-            .with_context(|| format!("cargo built no program named {name}"))
-    };
     Ok(HostPrograms {
         daemon: find(&host, "vhost-device-cram")?,
         cramctl: find(&host, "cramctl")?,
         workload: find(&guest, "cram-workload")?,
     })
+}
+
+/// Builds the benchmarks.
+pub fn build_bench(root: &Path, cache: &Cache) -> Result<PathBuf> {
+    let args = ["--package", "cram-tests", "--features", "bench", "--bins"];
+    let programs = build(root, cache, "benchmarks", &args, false)?;
+    find(&programs, "cram-bench")
+}
+
+fn find(programs: &[PathBuf], name: &str) -> Result<PathBuf> {
+    programs
+        .iter()
+        .find(|path| path.file_name().is_some_and(|file| file == name))
+        .cloned()
+        .with_context(|| format!("cargo built no program named {name}"))
 }
 
 fn build(

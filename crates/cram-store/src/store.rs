@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::account::Holder;
-use crate::arena::{Arena, Opened, now};
+use crate::arena::{Arena, HEADER_BYTES, Opened, now};
 use crate::budget::Budget;
 use crate::catalogue::NAME_BYTES_MAX;
 use crate::client::Client;
@@ -256,6 +256,16 @@ impl Store {
     #[must_use]
     pub fn stats(&self) -> StoreStats {
         self.core.stats()
+    }
+
+    /// Bytes of what is held that is no page's image: the index, the other tables, and the records'
+    /// headers.
+    #[must_use]
+    pub fn metadata_bytes(&self) -> u64 {
+        let core = &self.core;
+        let outside = core.budget.held_bytes() - core.arena.spans().held_bytes();
+        let stats = self.stats();
+        outside + (stats.pages_stored + stats.pages_shared) * HEADER_BYTES as u64
     }
 
     /// How many images there are of each size: the greatest size of a bucket of 64 bytes, and the

@@ -2,5 +2,14 @@
 
 //! The benchmarks: what they are made of. The program is `src/bin/cram-bench.rs`, which
 //! `cargo xtask bench` builds and runs.
+//!
+//! Every figure that is compared with something is measured beside it, in turns, in one process:
+//! machines are noisy, and ratios are what can be trusted.
 
+pub mod chart;
 pub mod corpus;
+pub mod figures;
+pub mod policies;
+pub mod rivals;
+pub mod store;
+pub mod traces;

@@ -1,112 +1,116 @@
-use cram_store::*;
-use cram_tests::bench::corpus;
-use lz4_flex::block::*;
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The benchmarks. `cargo xtask bench` builds and runs this.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
-fn main() {
-    let c = corpus::gather(12000).unwrap();
-    for k in &c {
-        println!("{} {}", k.kind.name(), k.pages.len());
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use cram_tests::bench::chart;
+use cram_tests::bench::figures::Figures;
+use cram_tests::bench::store::{self, Extent};
+
+#[derive(Parser)]
+#[command(name = "cram-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    subject: Subject,
+    /// Where the results go
+    #[arg(long, default_value = "target/bench", global = true)]
+    out: PathBuf,
+    /// A look, in a minute or two
+    #[arg(long, global = true)]
+    quick: bool,
+}
+
+#[derive(Subcommand)]
+enum Subject {
+    /// The store by itself
+    Store {
+        /// Only these sections, of: speed memory growth recover zstd evict
+        sections: Vec<String>,
+    },
+    /// One section, in this process; prints its figures
+    #[command(hide = true)]
+    StoreSection { section: String },
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
-    let mut pages = corpus::mixed(&c);
-    println!("{}", pages.len());
-    let n = pages.len();
-    let mut out = vec![0u8; get_maximum_output_size(4096)];
-    let mut tab = CompressTable::small();
-    let bg = std::env::args().nth(1).as_deref() == Some("bg");
-    let store = Store::new(StoreConfig {
-        capacity_bytes: 2 << 30,
-        background: if bg {
-            Some(Background {
-                cold_after: None,
-                ..Default::default()
-            })
-        } else {
-            None
-        },
-        ..Default::default()
-    })
-    .unwrap();
-    let cl = store.add_client("a", None).unwrap();
-    cl.new_pool(
-        PoolId(0),
-        PoolSpec {
-            kind: PoolKind::Persistent,
-            refuse_incompressible: false,
-        },
-    )
-    .unwrap();
-    let pool = cl.pool(PoolId(0)).unwrap();
-    let mut sc = Scratch::new();
-    let comp: Vec<Vec<u8>> = pages
-        .iter()
-        .map(|p| {
-            let l = compress_into_with_table(p, &mut out, &mut tab).unwrap();
-            if l <= 3968 {
-                out[..l].to_vec()
-            } else {
-                p.to_vec()
-            }
-        })
-        .collect();
-    let mut stamp = 0u64;
-    let mut pg = [0u8; 4096];
-    for round in 0..6 {
-        for p in &mut pages {
-            stamp += 1;
-            p[2048..2056].copy_from_slice(&stamp.to_le_bytes());
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let extent = if cli.quick {
+        Extent::QUICK
+    } else {
+        Extent::WHOLE
+    };
+    match &cli.subject {
+        Subject::StoreSection { section } => {
+            print!("{}", store::run(section, extent)?.to_json());
+            Ok(())
         }
-        let s = Instant::now();
-        for p in &pages {
-            compress_into_with_table(p, &mut out, &mut tab).unwrap();
-        }
-        let raw = s.elapsed().as_secs_f64() * 1e6 / n as f64;
-        let s = Instant::now();
-        for (i, p) in pages.iter().enumerate() {
-            assert_eq!(
-                pool.put(ObjectId([1; 3]), i as u32, p, &mut sc),
-                PutResult::Stored
-            );
-        }
-        let put = s.elapsed().as_secs_f64() * 1e6 / n as f64;
-        let s = Instant::now();
-        for c in &comp {
-            if c.len() == 4096 {
-                pg.copy_from_slice(c);
-            } else {
-                decompress_into(c, &mut pg).unwrap();
-            }
-        }
-        let rawg = s.elapsed().as_secs_f64() * 1e6 / n as f64;
-        let s = Instant::now();
-        for i in 0..n {
-            assert_eq!(
-                pool.get(ObjectId([1; 3]), i as u32, &mut pg, &mut sc),
-                GetResult::Found
-            );
-        }
-        let get = s.elapsed().as_secs_f64() * 1e6 / n as f64;
-        println!(
-            "round {round}: raw {raw:.3} put {put:.3} ratio {:.3}; rawget {rawg:.3} get {get:.3} ratio {:.3} held {}",
-            raw / put,
-            rawg / get,
-            store.stats().mem_used_total >> 20
-        );
+        Subject::Store { sections } => bench_store(cli, sections),
     }
-    let st = store.stats();
+}
+
+fn bench_store(cli: &Cli, sections: &[String]) -> Result<()> {
+    std::fs::create_dir_all(&cli.out)
+        .with_context(|| format!("cannot make {}", cli.out.display()))?;
+    let mut wanted: Vec<&str> = sections.iter().map(String::as_str).collect();
+    if wanted.is_empty() {
+        wanted = store::SECTIONS.to_vec();
+        // Part of the section on memory, but not of its process.
+        wanted.insert(2, "hash-map");
+    }
+    let mut figures = Figures::default();
+    for section in wanted {
+        let began = Instant::now();
+        eprint!("  store: {section} …");
+        figures.extend(in_own_process(cli, section)?);
+        eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
+    }
+    figures.write(&cli.out.join("store.json"))?;
+    let picture = cli.out.join("store.svg");
+    let panels = chart::store(&figures, store::AIMS);
+    std::fs::write(&picture, chart::svg(&panels))
+        .with_context(|| format!("cannot write {}", picture.display()))?;
     println!(
-        "compr {} held {} ratio {:.4}",
-        st.compr_data_size,
-        st.mem_used_total,
-        st.mem_used_total as f64 / st.compr_data_size as f64
+        "\nThe store{}:",
+        if cli.quick { " (a quick look)" } else { "" }
     );
-    let s = Instant::now();
-    let e = store.compact();
-    println!("compact {e} in {:?}", s.elapsed());
-    let st = store.stats();
+    figures.print(store::AIMS);
     println!(
-        "compr {} held {} ratio {:.4}",
-        st.compr_data_size,
-        st.mem_used_total,
-        st.mem_used_total as f64 / st.compr_data_size as f64
+        "\n  all figures: {}\n  picture:     {}",
+        cli.out.join("store.json").display(),
+        picture.display()
     );
+    Ok(())
+}
+
+fn in_own_process(cli: &Cli, section: &str) -> Result<Figures> {
+    let own: PathBuf = std::env::current_exe().context("where is this program?")?;
+    let mut command = Command::new(own);
+    command.args(["store-section", section]);
+    if cli.quick {
+        command.arg("--quick");
+    }
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start myself")?;
+    if !output.status.success() {
+        bail!("section {section} failed");
+    }
+    let text = String::from_utf8(output.stdout).context("figures that are no text")?;
+    Figures::from_json(&text).with_context(|| format!("section {section}"))
 }

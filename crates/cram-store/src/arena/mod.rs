@@ -37,7 +37,7 @@ pub use file::{ArenaError, Backing};
 #[cfg(fuzzing)]
 pub(crate) use forge::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
 pub(crate) use head::{Head, Record, now};
-pub(crate) use record::{Header, Kind, NUMBERS, PAYLOAD_BYTES_MAX, is_newer};
+pub(crate) use record::{HEADER_BYTES, Header, Kind, NUMBERS, PAYLOAD_BYTES_MAX, is_newer};
 pub(crate) use span_header::{Role, SpanHeader};
 pub(crate) use spans::{SpanInfo, Urgency};
 pub use superblock::FORMAT_VERSION;

@@ -136,7 +136,11 @@ impl Operation {
 /// Mostly small, so that operations meet.
 #[cfg(fuzzing)]
 fn small(index: u32) -> u32 {
-    if index % 8 == 0 { index } else { index % 200 }
+    if index.is_multiple_of(8) {
+        index
+    } else {
+        index % 200
+    }
 }
 
 /// A page in the model: how to make it again.

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Pictures of figures, as SVG: bars beside what was aimed at, and bars beside each other.
+
+use std::fmt::Write;
+
+use super::figures::{Aim, Figures, Target, show};
+
+const WIDTH: f64 = 960.0;
+const LABEL: f64 = 300.0;
+const VALUE: f64 = 90.0;
+const ROW: f64 = 26.0;
+const TITLE: f64 = 44.0;
+const GAP: f64 = 22.0;
+
+const GOOD: &str = "#2a9d5c";
+const BAD: &str = "#c0392b";
+const OURS: &str = "#3465a4";
+const THEIRS: &str = "#b0b7c0";
+
+/// One part of a picture.
+pub struct Panel {
+    title: String,
+    /// What stands below the title.
+    note: String,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    label: String,
+    value: f64,
+    /// How much of the row's width the bar takes, 0 to 1.
+    share: f64,
+    colour: &'static str,
+    /// Where the target is, and what it says.
+    mark: Option<(f64, String)>,
+}
+
+/// Figures beside what they should be: every target stands at the same place.
+#[must_use]
+pub fn aimed_at(title: &str, figures: &Figures, aims: &[Aim]) -> Panel {
+    const PLACE: f64 = 0.6;
+    let rows = aims.iter().filter_map(|aim| {
+        let (value, target) = (figures.get(aim.name)?, aim.target?);
+        let share = (value / target.bound() * PLACE).clamp(0.0, 1.0);
+        Some(Row {
+            label: aim.name.to_owned(),
+            value,
+            share,
+            colour: if target.is_met(value) { GOOD } else { BAD },
+            mark: Some((PLACE, target.text())),
+        })
+    });
+    Panel {
+        title: title.to_owned(),
+        note: "Each bar as a share of its target (the line); green where it is met.".to_owned(),
+        rows: rows.collect(),
+    }
+}
+
+/// Values of one kind beside each other; `ours` is the label of the one that it is about.
+#[must_use]
+pub fn beside(title: &str, note: &str, ours: &[&str], values: &[(&str, f64)]) -> Panel {
+    let most = values.iter().map(|(_, value)| *value).fold(0.0, f64::max);
+    let rows = values.iter().map(|(label, value)| Row {
+        label: (*label).to_owned(),
+        value: *value,
+        share: if most > 0.0 { value / most } else { 0.0 },
+        colour: if ours.contains(label) { OURS } else { THEIRS },
+        mark: None,
+    });
+    Panel {
+        title: title.to_owned(),
+        note: note.to_owned(),
+        rows: rows.collect(),
+    }
+}
+
+/// Panels one below the other.
+#[must_use]
+pub fn svg(panels: &[Panel]) -> String {
+    let panels: Vec<_> = panels
+        .iter()
+        .filter(|panel| !panel.rows.is_empty())
+        .collect();
+    let height: f64 = panels.iter().map(|panel| panel.height()).sum::<f64>() + GAP;
+    let mut out = format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' \
+         font-family='system-ui, sans-serif' font-size='13'>\n\
+         <rect width='100%' height='100%' fill='#fff'/>\n"
+    );
+    let mut top = GAP / 2.0;
+    for panel in panels {
+        panel.draw(top, &mut out);
+        top += panel.height();
+    }
+    out += "</svg>\n";
+    out
+}
+
+#[allow(clippy::cast_precision_loss, reason = "points of a picture")]
+fn row_at(row: usize) -> f64 {
+    row as f64 * ROW
+}
+
+impl Panel {
+    fn height(&self) -> f64 {
+        TITLE + row_at(self.rows.len()) + GAP
+    }
+
+    fn draw(&self, top: f64, out: &mut String) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            out,
+            "<text x='16' y='{}' font-size='16' font-weight='600'>{}</text>\
+             <text x='16' y='{}' fill='#666' font-size='12'>{}</text>",
+            top + 18.0,
+            escaped(&self.title),
+            top + 36.0,
+            escaped(&self.note)
+        );
+        let width = WIDTH - LABEL - VALUE - 16.0;
+        for (at, row) in self.rows.iter().enumerate() {
+            let y = top + TITLE + row_at(at);
+            let _ = writeln!(
+                out,
+                "<text x='{}' y='{}' text-anchor='end'>{}</text>\
+                 <rect x='{LABEL}' y='{}' width='{:.1}' height='{}' rx='2' fill='{}'/>\
+                 <text x='{}' y='{}' text-anchor='end' font-variant-numeric='tabular-nums'>{}</text>",
+                LABEL - 10.0,
+                y + 16.0,
+                escaped(&row.label),
+                y + 4.0,
+                (row.share * width).max(1.0),
+                ROW - 9.0,
+                row.colour,
+                WIDTH - 16.0,
+                y + 16.0,
+                show(row.value)
+            );
+            if let Some((place, text)) = &row.mark {
+                let x = LABEL + place * width;
+                let _ = writeln!(
+                    out,
+                    "<line x1='{x}' x2='{x}' y1='{}' y2='{}' stroke='#333' stroke-width='1.5'/>\
+                     <text x='{}' y='{}' fill='#555' font-size='11'>{}</text>",
+                    y + 1.0,
+                    y + ROW - 2.0,
+                    x + 5.0,
+                    y + 15.0,
+                    escaped(text)
+                );
+            }
+        }
+    }
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+}
+
+/// The store's picture.
+#[must_use]
+pub fn store(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
+    let pick = |names: &[(&'static str, &str)]| -> Vec<(&'static str, f64)> {
+        names
+            .iter()
+            .filter_map(|(label, name)| Some((*label, figures.get(name)?)))
+            .collect()
+    };
+    vec![
+        aimed_at("The store: what was aimed at", figures, aims),
+        beside(
+            "Bytes held for a byte of compressed data",
+            "Process memory; the models of the kernel's allocators are computed from the same sizes.",
+            &["store, filled", "store, churned, half freed, compacted"],
+            &pick(&[
+                ("store, filled", "held_vs_compressed"),
+                ("zsmalloc (model), filled", "zsmalloc_vs_compressed"),
+                ("zbud (model), filled", "zbud_vs_compressed"),
+                ("hash map of boxes, filled", "hash_map_vs_compressed"),
+                (
+                    "store, churned, half freed, compacted",
+                    "held_vs_compressed_churned",
+                ),
+                (
+                    "zsmalloc (model), half freed",
+                    "zsmalloc_vs_compressed_half",
+                ),
+                ("zbud (model), half freed", "zbud_vs_compressed_half"),
+            ]),
+        ),
+        beside(
+            "Misses of a second-level cache",
+            "Share of requests, on average over the traces of three real programs and three sizes.",
+            &["store"],
+            &pick(&[
+                ("FIFO", "misses_fifo"),
+                ("LRU", "misses_lru"),
+                ("SIEVE", "misses_sieve"),
+                ("S3-FIFO", "misses_s3fifo"),
+                ("store", "misses_store"),
+            ]),
+        ),
+    ]
+}
+
+/// Whether everything that was aimed at was met.
+#[must_use]
+pub fn missed(figures: &Figures, aims: &[Aim]) -> Vec<&'static str> {
+    aims.iter()
+        .filter(|aim| {
+            let value = figures.get(aim.name);
+            let target: Option<Target> = aim.target;
+            matches!((value, target), (Some(value), Some(target)) if !target.is_met(value))
+        })
+        .map(|aim| aim.name)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_has_a_bar_for_each_figure_and_no_raw_text() {
+        let panel = beside("a < b", "", &["x"], &[("x", 1.0), ("y & z", 2.0)]);
+        let picture = svg(&[panel]);
+        assert_eq!(picture.matches("<rect").count(), 3);
+        assert!(picture.contains("a &lt; b") && picture.contains("y &amp; z"));
+    }
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `cargo xtask bench`: builds the benchmarks and runs them. What they measure
+//! is in the `bench` module of the crate `cram-tests`.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::cache::Cache;
+use crate::{system, workspace};
+
+/// Options of `cargo xtask bench`.
+#[derive(Args)]
+pub struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum)]
+    subject: Subject,
+    /// Only these sections of it; an unknown name lists those that there are
+    sections: Vec<String>,
+    /// A look, in a minute or two: fewer pages and rounds
+    #[arg(long)]
+    quick: bool,
+}
+
+/// What there is to measure.
+#[derive(Clone, Copy, ValueEnum)]
+enum Subject {
+    /// The store by itself
+    Store,
+}
+
+/// Runs `cargo xtask bench`.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let cache = Cache::open()?;
+    system::prepare(&cache)?;
+    let root = workspace::root()?;
+    let program = workspace::build_bench(&root, &cache)?;
+    let name = match args.subject {
+        Subject::Store => "store",
+    };
+    let mut command = Command::new(program);
+    command
+        .arg(name)
+        .args(&args.sections)
+        .arg("--out")
+        .arg(workspace::target_dir(&root).join("bench"));
+    if args.quick {
+        command.arg("--quick");
+    }
+    finish(command, &root)
+}
+
+fn finish(mut command: Command, root: &Path) -> Result<()> {
+    let status = command
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot start the benchmarks")?;
+    if !status.success() {
+        bail!("the benchmarks failed");
+    }
+    Ok(())
+}
