@@ -6,7 +6,7 @@
 //! domain inside which equal pages are stored once. It has a fixed size and
 //! forgets: a set of [`WAYS`] entries fills one cache line, and a new entry takes
 //! the place of the oldest one in its set. So pages that came lately are found
-//! by their twins, at a byte for each KiB of the store.
+//! by their twins, at four fifths of a byte for each KiB of the store.
 //!
 //! An entry is a hint and no more: nobody removes it when its record dies. What
 //! it leads to may be the middle of another record. So whoever follows it pins
@@ -22,7 +22,7 @@ use crate::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 /// Entries of a set.
 const WAYS: usize = 10;
 /// Bytes of the store for each entry.
-const BYTES_PER_ENTRY: u64 = 6 << 10;
+const BYTES_PER_ENTRY: u64 = 8 << 10;
 /// Entries followed for one page, at the most; more would only cost time.
 const TRIES: usize = 3;
 /// No place.

@@ -117,6 +117,7 @@ impl Arena {
         let layout = candidate.fit(&mut superblock, budget.capacity_bytes())?;
         let is_after_reboot = !is_new && superblock.boot_id != boot_id;
         superblock.boot_id = boot_id;
+        let huge_page_bytes = huge_page_bytes(&candidate.file);
         let region = candidate.map(layout)?;
         superblock.write(&region);
         let salt = superblock.secret.number(0);
@@ -131,7 +132,7 @@ impl Arena {
                 layout,
                 salt,
                 secret: superblock.secret,
-                spans: Spans::new(region, layout, budget, salt),
+                spans: Spans::new(region, layout, huge_page_bytes, budget, salt),
                 damaged: AtomicU64::new(0),
                 corrected: AtomicU64::new(0),
             },
@@ -268,9 +269,11 @@ fn find_spans(region: &Region, layout: Layout, salt: u64) -> Vec<(SpanHeader, u3
         .collect()
 }
 
-/// The layout with as many spans as a capacity has room for, and one for the superblock.
+/// The layout with as many spans as a capacity has room for, one for the superblock, and some that
+/// make up for those that are sealed before they are full. (What has no memory costs nothing.)
 pub(crate) fn fitted(layout: Layout, capacity_bytes: u64) -> Layout {
-    let spans = (capacity_bytes >> layout.span_shift).max(1) + 1;
+    let whole = (capacity_bytes >> layout.span_shift).max(1);
+    let spans = whole + whole / 16 + 3;
     Layout {
         spans: u32::try_from(spans).unwrap_or(u32::MAX),
         ..layout

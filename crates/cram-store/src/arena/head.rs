@@ -83,7 +83,7 @@ impl Arena {
             granules <= self.layout.span_granules() - tail.granule
                 && self
                     .spans
-                    .ensure_populated(tail.span, tail.granule + granules)
+                    .ensure_populated(tail.span, tail.granule + granules, urgency)
                     .is_ok()
         };
         let tail = match locked.filter(fits) {
@@ -101,7 +101,7 @@ impl Arena {
                     self.seal(full);
                 }
                 self.spans
-                    .ensure_populated(fresh.span, fresh.granule + granules)?;
+                    .ensure_populated(fresh.span, fresh.granule + granules, urgency)?;
                 self.terminate(fresh.span, fresh.granule);
                 fresh
             }

@@ -1,20 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! All spans: which are free, what the others are for, and how much of the
-//! host's memory they have.
+//! All spans: what each is for, and how much of the host's memory it has.
 //!
 //! A span has memory from its beginning up to where it was populated, and
 //! exactly that is charged to the budget, before it is taken. So a span that is
 //! hardly filled holds hardly anything.
 
+mod free;
+
 use std::sync::Arc;
 use std::sync::atomic::{
-    AtomicU32, AtomicU64 as PlainAtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    AtomicBool, AtomicU32, AtomicU64 as PlainAtomicU64, Ordering::Acquire, Ordering::Relaxed,
+    Ordering::Release,
 };
 
+pub(crate) use free::Urgency;
+
+use free::FreeList;
+
 use super::Layout;
+use super::record::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
 use super::region::Region;
-use super::span::{Freed, Life};
+use super::span::Life;
 use super::span_header::{Role, SpanHeader, write_header};
 use crate::budget::{Budget, Shortage};
 use crate::sync::Mutex;
@@ -23,17 +30,8 @@ use crate::sync::Mutex;
 /// its while, little enough not to hold memory that is not filled yet.
 const POPULATE_BYTES: u64 = 128 << 10;
 
-/// Who asks for a span.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Urgency {
-    /// A put. Leaves the reserve alone.
-    Normal,
-    /// What will free more than it takes: compaction and eviction.
-    Making,
-}
-
-/// With room for no more spans than this, one is set aside as the reserve.
-const LAST_SPANS: u64 = 3;
+/// Bytes of the host's pages, normally.
+const PAGE_BYTES: u64 = 4096;
 
 /// One span's book-keeping.
 struct Span {
@@ -63,27 +61,28 @@ pub(crate) struct SpanInfo {
     pub(crate) sequence: u64,
     pub(crate) born: u64,
     pub(crate) filled: u32,
+    /// Granules that are charged.
+    pub(crate) charged: u32,
     pub(crate) live: u32,
     pub(crate) is_sealed: bool,
 }
 
 impl SpanInfo {
-    /// Granules of dead records.
+    /// Granules of dead records; of a sealed span also those that will never be filled, but for what
+    /// may be left at the end of any.
     pub(crate) fn dead(&self, layout: Layout) -> u32 {
+        let unfilled = if self.is_sealed {
+            let usual = layout.granules(HEADER_BYTES + PAYLOAD_BYTES_MAX);
+            self.charged
+                .saturating_sub(self.filled.saturating_add(usual))
+        } else {
+            0
+        };
         self.filled
             .saturating_sub(layout.first_granule())
             .saturating_sub(self.live)
+            .saturating_add(unfilled)
     }
-}
-
-struct FreeList {
-    /// Free, and with memory.
-    warm: Vec<u32>,
-    /// Free, and without.
-    bare: Vec<u32>,
-    /// One that is charged as a whole and left for compaction and eviction, so that they can make
-    /// room when there is none.
-    reserve: Option<u32>,
 }
 
 /// See the module's text.
@@ -95,8 +94,14 @@ pub(crate) struct Spans {
     secret: u64,
     table: Box<[Span]>,
     free: Mutex<FreeList>,
-    /// How many are in `FreeList::warm`.
+    /// How many of the free ones have memory.
     warm: AtomicU32,
+    /// Whether one of them is set aside.
+    has_reserve: AtomicBool,
+    /// Bytes of the host's pages.
+    page_bytes: u64,
+    /// Bytes that are populated at a time.
+    step_bytes: u64,
     /// Granules charged in all.
     charged: PlainAtomicU64,
     next_sequence: PlainAtomicU64,
@@ -104,7 +109,13 @@ pub(crate) struct Spans {
 
 impl Spans {
     /// All free, and bare.
-    pub(super) fn new(region: Region, layout: Layout, budget: Arc<Budget>, secret: u64) -> Self {
+    pub(super) fn new(
+        region: Region,
+        layout: Layout,
+        huge_page_bytes: Option<u64>,
+        budget: Arc<Budget>,
+        secret: u64,
+    ) -> Self {
         let table = (0..layout.spans).map(|_| Span {
             life: Life::new(),
             sequence: PlainAtomicU64::new(0),
@@ -116,21 +127,19 @@ impl Spans {
             damaged: PlainAtomicU64::new(0),
             settled: PlainAtomicU64::new(0),
         });
-        let mut warm = Vec::new();
-        warm.reserve_exact(layout.spans as usize);
         Self {
+            page_bytes: huge_page_bytes.unwrap_or(PAGE_BYTES),
+            step_bytes: POPULATE_BYTES
+                .max(huge_page_bytes.unwrap_or(0))
+                .min(layout.span_bytes()),
             region,
             layout,
             budget,
             secret,
             table: table.collect(),
-            free: Mutex::new(FreeList {
-                warm,
-                // The lowest is taken first; span 0 has the superblock.
-                bare: (1..layout.spans).rev().collect(),
-                reserve: None,
-            }),
+            free: Mutex::new(FreeList::new(layout.spans)),
             warm: AtomicU32::new(0),
+            has_reserve: AtomicBool::new(false),
             charged: PlainAtomicU64::new(0),
             next_sequence: PlainAtomicU64::new(1),
         }
@@ -172,6 +181,7 @@ impl Spans {
             sequence: entry.sequence.load(Acquire),
             born: entry.born.load(Relaxed),
             filled: entry.filled.load(Acquire),
+            charged: entry.charged.load(Relaxed),
             live: entry.life.live_granules(),
             is_sealed: entry.life.is_sealed(),
         })
@@ -222,19 +232,6 @@ impl Spans {
         self.warm.load(Relaxed) as usize
     }
 
-    /// How many more whole spans there could be.
-    fn room(&self, free: &FreeList) -> u64 {
-        let bare = self.budget.room_for_spans() / self.layout.span_bytes();
-        free.warm.len() as u64 + bare.min(free.bare.len() as u64)
-    }
-
-    /// See [`super::Arena::has_span`].
-    pub(super) fn has_free(&self) -> bool {
-        let free = self.free.lock();
-        // The last one would become the reserve.
-        self.room(&free) > u64::from(free.reserve.is_none())
-    }
-
     /// Takes a free span and writes its header.
     pub(super) fn take(&self, role: Role, born: u64, urgency: Urgency) -> Result<u32, Shortage> {
         let span = self.take_free(urgency)?;
@@ -244,7 +241,7 @@ impl Spans {
         entry.role.store(role.to_word(), Release);
         entry.born.store(born, Relaxed);
         entry.filled.store(self.layout.first_granule(), Release);
-        if let Err(shortage) = self.ensure_populated(span, self.layout.first_granule()) {
+        if let Err(shortage) = self.ensure_populated(span, self.layout.first_granule(), urgency) {
             self.put_back(span);
             return Err(shortage);
         }
@@ -257,72 +254,6 @@ impl Spans {
         write_header(&self.region, self.layout, &header, self.secret);
         entry.life.open();
         Ok(span)
-    }
-
-    fn take_free(&self, urgency: Urgency) -> Result<u32, Shortage> {
-        let mut free = self.free.lock();
-        if free.reserve.is_none() && self.room(&free) <= LAST_SPANS {
-            self.set_reserve(&mut free);
-        }
-        let is_scarce = free.reserve.is_none() && self.room(&free) <= LAST_SPANS;
-        let span = match urgency {
-            // What is left is for those who make room.
-            Urgency::Normal if is_scarce => None,
-            Urgency::Normal => self.obtain(&mut free),
-            Urgency::Making => self.obtain(&mut free).or_else(|| free.reserve.take()),
-        };
-        self.publish(&free);
-        span.ok_or(Shortage::Store)
-    }
-
-    /// Takes a span off the list that can be filled at least in part.
-    fn obtain(&self, free: &mut FreeList) -> Option<u32> {
-        if let Some(span) = free.warm.pop() {
-            return Some(span);
-        }
-        let span = free.bare.pop()?;
-        let least = self.layout.granules_of(POPULATE_BYTES);
-        if self
-            .charge(span, least.min(self.layout.span_granules()))
-            .is_err()
-        {
-            free.bare.push(span);
-            return None;
-        }
-        Some(span)
-    }
-
-    fn set_reserve(&self, free: &mut FreeList) {
-        let Some(span) = free.warm.pop().or_else(|| free.bare.pop()) else {
-            return;
-        };
-        if self.charge(span, self.layout.span_granules()).is_ok() {
-            free.reserve = Some(span);
-        } else if self.span(span).charged.load(Relaxed) > 0 {
-            free.warm.push(span);
-        } else {
-            free.bare.push(span);
-        }
-    }
-
-    /// To be called before the list is let go, whenever it was changed.
-    fn publish(&self, free: &FreeList) {
-        let warm = u32::try_from(free.warm.len()).unwrap_or(u32::MAX);
-        self.warm.store(warm, Relaxed);
-    }
-
-    /// Gives back a span that has no memory (any more).
-    fn put_back(&self, span: u32) {
-        let entry = self.span(span);
-        entry.role.store(0, Release);
-        entry.populated.store(0, Relaxed);
-        let charged = entry.charged.swap(0, Relaxed);
-        let mut free = self.free.lock();
-        free.bare.push(span);
-        self.publish(&free);
-        drop(free);
-        self.charged.fetch_sub(u64::from(charged), Relaxed);
-        self.budget.release(self.layout.bytes_of(charged));
     }
 
     /// Charges the first `granules` of a span to the budget.
@@ -339,7 +270,12 @@ impl Spans {
 
     /// Sees to it that the host has given memory for the first `granules` of a span. Only one thread
     /// does so for one span: who fills it.
-    pub(super) fn ensure_populated(&self, span: u32, granules: u32) -> Result<(), Shortage> {
+    pub(super) fn ensure_populated(
+        &self,
+        span: u32,
+        granules: u32,
+        urgency: Urgency,
+    ) -> Result<(), Shortage> {
         let entry = self.span(span);
         let populated = entry.populated.load(Relaxed);
         if granules <= populated {
@@ -348,9 +284,12 @@ impl Spans {
         let layout = self.layout;
         let to_bytes = layout
             .bytes_of(granules)
-            .next_multiple_of(POPULATE_BYTES)
+            .next_multiple_of(self.step_bytes)
             .min(layout.span_bytes());
         let to = layout.granules_of(to_bytes);
+        if urgency == Urgency::Normal && !self.spares_the_reserve(span, to) {
+            return Err(Shortage::Store);
+        }
         self.charge(span, to)?;
         let from_bytes = layout.bytes_of(populated);
         self.region
@@ -360,76 +299,16 @@ impl Spans {
         Ok(())
     }
 
+    /// Whether the reserve is there, or could be made of what is left when a span is charged so far.
+    fn spares_the_reserve(&self, span: u32, granules: u32) -> bool {
+        let more = granules.saturating_sub(self.span(span).charged.load(Relaxed));
+        let needed = self.layout.bytes_of(more) + self.layout.span_bytes();
+        more == 0 || self.has_reserve.load(Relaxed) || self.budget.room_for_spans() >= needed
+    }
+
     /// Granules from the beginning of a span on that have memory.
     pub(super) fn populated(&self, span: u32) -> u32 {
         self.span(span).populated.load(Relaxed)
-    }
-
-    /// Takes note that a span is free, if it is the caller who has to.
-    pub(super) fn take_back(&self, span: u32, Freed(is_mine): Freed) {
-        if is_mine {
-            self.span(span).role.store(0, Release);
-            let mut free = self.free.lock();
-            free.warm.push(span);
-            self.publish(&free);
-        }
-    }
-
-    /// See [`super::Arena::trim`].
-    pub(super) fn trim(&self, keep: usize) -> usize {
-        let mut trimmed = 0;
-        while let Some(span) = self.take_to_trim(keep) {
-            let at = self.layout.span_at(span);
-            if !self.region.punch(at, self.layout.span_bytes()) {
-                let mut free = self.free.lock();
-                free.warm.push(span);
-                self.publish(&free);
-                break;
-            }
-            self.put_back(span);
-            trimmed += 1;
-        }
-        trimmed
-    }
-
-    /// The span that has been free for longest, if more than `keep` are; and when nothing at all is
-    /// stored, the reserve too. While it is punched it is in no list.
-    fn take_to_trim(&self, keep: usize) -> Option<u32> {
-        let mut free = self.free.lock();
-        let is_all_free = free.warm.len() + free.bare.len() + 2 == self.table.len();
-        let span = if free.warm.len() > keep {
-            Some(free.warm.remove(0))
-        } else if keep == 0 && is_all_free {
-            free.reserve.take()
-        } else {
-            None
-        };
-        self.publish(&free);
-        span
-    }
-
-    /// See [`super::Arena::prepare`].
-    pub(super) fn prepare(&self, wanted: usize) -> bool {
-        let span = {
-            let mut free = self.free.lock();
-            if free.warm.len() >= wanted || self.room(&free) <= LAST_SPANS {
-                return false;
-            }
-            let Some(span) = free.bare.pop() else {
-                return false;
-            };
-            span
-        };
-        let granules = self.layout.span_granules();
-        if self.ensure_populated(span, granules).is_err() {
-            self.put_back(span);
-            return false;
-        }
-        let mut free = self.free.lock();
-        // At the far end: what was in use a moment ago is warmer still.
-        free.warm.insert(0, span);
-        self.publish(&free);
-        true
     }
 
     /// At recovery, before anything else is done: these spans are in use, each with memory for so
@@ -451,15 +330,36 @@ impl Spans {
             self.next_sequence
                 .fetch_max(header.sequence.saturating_add(1), Relaxed);
         }
-        self.free
-            .lock()
-            .bare
-            .retain(|span| !is_used[*span as usize]);
+        self.free.lock().strike(&is_used);
         Ok(())
     }
 
-    /// At recovery: nothing more is added to it. It is free if nothing in it lives.
+    fn give_back_tail(&self, span: u32) {
+        let entry = self.span(span);
+        let (layout, charged) = (self.layout, entry.charged.load(Relaxed));
+        let kept_bytes = layout
+            .bytes_of(entry.filled.load(Relaxed))
+            .next_multiple_of(self.page_bytes);
+        let kept = layout.granules_of(kept_bytes);
+        if kept >= charged {
+            return;
+        }
+        let tail_bytes = layout.bytes_of(charged - kept);
+        if self
+            .region
+            .punch(layout.span_at(span) + kept_bytes, tail_bytes)
+        {
+            entry.populated.store(kept, Relaxed);
+            entry.charged.store(kept, Relaxed);
+            self.charged.fetch_sub(u64::from(charged - kept), Relaxed);
+            self.budget.release(tail_bytes);
+        }
+    }
+
+    /// At recovery: nothing more is added to it. It is free if nothing in it lives; else the memory
+    /// beyond what is filled goes back.
     pub(crate) fn seal_adopted(&self, span: u32) {
+        self.give_back_tail(span);
         let freed = self.life(span).seal();
         self.take_back(span, freed);
     }

@@ -61,8 +61,8 @@ fn compare(trace: &Trace, share: usize, figures: &mut Figures) -> Result<[f64; 5
 
 /// Misses of a shared ephemeral pool of about so many pages, and how many it held in the end.
 fn store_misses(trace: &[Name], wanted: usize) -> Result<(f64, usize)> {
-    // Pages that all are stored in about 512 bytes.
-    const BYTES_PER_PAGE: u64 = 600;
+    // Pages that all are stored in about half of their size.
+    const BYTES_PER_PAGE: u64 = 2250;
     let store = Store::new(StoreConfig {
         capacity_bytes: (wanted as u64 * BYTES_PER_PAGE).max(1 << 20),
         background: None,
@@ -96,11 +96,11 @@ fn store_misses(trace: &[Name], wanted: usize) -> Result<(f64, usize)> {
     Ok((ratio, usize::try_from(most)?))
 }
 
-/// A page that compresses to an eighth.
+/// A page that compresses to half.
 fn fill(page: &mut [u8; PAGE_SIZE], name: u64) {
     let mut random = super::Random(name);
     page.fill(7);
-    for word in page.as_chunks_mut::<8>().0.iter_mut().take(60) {
+    for word in page.as_chunks_mut::<8>().0.iter_mut().take(255) {
         *word = random.next().to_le_bytes();
     }
 }

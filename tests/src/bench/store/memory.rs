@@ -16,9 +16,12 @@ const PAGES_OF_A_KIND: usize = 12_000;
 /// Images of a one-size mix are this long, give or take a sixteenth.
 const ONE_SIZE: usize = 2084;
 
-/// Room for so many pages, at the ratio that they have, and something to spare.
-fn capacity_for(pages: usize) -> u64 {
-    (pages as u64 * 3200).max(64 << 20)
+/// Room for so many pages like these, and a sixth to spare.
+fn capacity_for(pages: &[Page], count: usize) -> u64 {
+    let mut codec = Codec::new();
+    let sum: usize = pages.iter().map(|page| codec.pack(page)).sum();
+    let image = (sum / pages.len().max(1)) as u64;
+    (count as u64 * image * 7 / 6).max(64 << 20)
 }
 
 pub(super) fn run(extent: Extent) -> Result<Figures> {
@@ -64,7 +67,7 @@ fn mixed(pages: &[Page], extent: Extent, figures: &mut Figures) -> Result<()> {
     give_back_free_memory();
     let before = resident_bytes()?;
     let held = || -> Result<u64> { Ok(resident_bytes()?.saturating_sub(before)) };
-    let filled = store_of(capacity_for(extent.pages), Some(background()))?;
+    let filled = store_of(capacity_for(pages, extent.pages), Some(background()))?;
     let mut churn = Churn {
         pages,
         filled: &filled,
@@ -147,7 +150,7 @@ fn one_size(pages: &[Page], extent: Extent, figures: &mut Figures) -> Result<()>
     let count = extent.pages / 5;
     give_back_free_memory();
     let before = resident_bytes()?;
-    let filled = store_of(capacity_for(count), Some(background()))?;
+    let filled = store_of(capacity_for(&chosen, count), Some(background()))?;
     let mut churn = Churn {
         pages: &chosen,
         filled: &filled,
