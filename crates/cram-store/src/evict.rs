@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use crate::account::{Account, Holder};
-use crate::arena::{Found, Header, Kind, Place, Record, SpanInfo, Trust, Urgency};
+use crate::arena::{Found, Header, Kind, Place, Record, Role, SpanInfo, Trust, Urgency};
 use crate::core::{Core, Target};
 use crate::index::Key;
 use crate::queue::{Class, Visit};
@@ -38,6 +38,8 @@ struct Sweep<'a> {
     only: Option<u16>,
     /// Pages in use go too.
     is_forced: bool,
+    /// The span at hand is one of fresh pages.
+    is_fresh: bool,
     /// Enough is what was asked for, or else the whole span.
     bytes: u64,
     done: &'a mut Evicted,
@@ -68,6 +70,7 @@ impl Core {
                     let sweep = Sweep {
                         only: None,
                         is_forced: round >= KIND_SPANS,
+                        is_fresh: false,
                         bytes: u64::MAX,
                         done: &mut done,
                     };
@@ -88,6 +91,7 @@ impl Core {
             let sweep = Sweep {
                 only: None,
                 is_forced: round >= KIND_SPANS,
+                is_fresh: false,
                 bytes,
                 done,
             };
@@ -117,6 +121,7 @@ impl Core {
             let mut sweep = Sweep {
                 only: Some(account.number),
                 is_forced: true,
+                is_fresh: false,
                 bytes,
                 done,
             };
@@ -183,6 +188,7 @@ impl Core {
         let Some(now) = visit.info(&self.arena) else {
             return true;
         };
+        sweep.is_fresh = matches!(now.role, Role::Fresh(_));
         if !now.is_sealed && sweep.only.is_none() {
             // Sealed a moment ago and opened anew cannot be, since the sequence number is the same:
             // another thread is filling it.
@@ -232,7 +238,8 @@ impl Core {
         if !space.remove(self, &key, |place| place == found.place) {
             return;
         }
-        if let Some(ghosts) = self.ghosts() {
+        // A proven page has had its chance.
+        if let Some(ghosts) = self.ghosts().filter(|_| sweep.is_fresh) {
             ghosts.remember(space.ghost_hash(&key));
         }
         space.tally.count(Event::Evicted, 1);

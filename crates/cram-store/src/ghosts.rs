@@ -7,27 +7,29 @@
 //! longer. (The ghost queue of S3-FIFO: J. Yang et al., "FIFO Queues are All You
 //! Need for Cache Eviction", SOSP 2023; here also for pages that a get removed,
 //! since that is how an exclusive cache is hit.) The table has a fixed size, and
-//! a new entry takes a random old one's place.
+//! a new entry takes the place of the oldest one in its set.
 
-use crate::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
+use crate::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
-/// Entries of a set, which fills a cache line.
-const WAYS: usize = 32;
+/// Entries of a set, which with the number of the oldest fills a cache line.
+const WAYS: u16 = 31;
 /// Bytes of the store for each entry: about as many entries as pages.
 const BYTES_PER_ENTRY: u64 = 2 << 10;
 
 #[repr(align(64))]
-struct Set([AtomicU16; WAYS]);
+struct Set {
+    tags: [AtomicU16; WAYS as usize],
+    oldest: AtomicU16,
+}
 
 /// See the module's text.
 pub(crate) struct Ghosts {
     sets: Box<[Set]>,
-    next: AtomicU32,
 }
 
 impl Ghosts {
     fn count(capacity_bytes: u64) -> u64 {
-        (capacity_bytes / BYTES_PER_ENTRY / WAYS as u64).max(1)
+        (capacity_bytes / BYTES_PER_ENTRY / u64::from(WAYS)).max(1)
     }
 
     pub(crate) fn bytes(capacity_bytes: u64) -> u64 {
@@ -35,10 +37,12 @@ impl Ghosts {
     }
 
     pub(crate) fn new(capacity_bytes: u64) -> Self {
-        let set = |_| Set(std::array::from_fn(|_| AtomicU16::new(0)));
+        let set = |_| Set {
+            tags: std::array::from_fn(|_| AtomicU16::new(0)),
+            oldest: AtomicU16::new(0),
+        };
         Self {
             sets: (0..Self::count(capacity_bytes)).map(set).collect(),
-            next: AtomicU32::new(0),
         }
     }
 
@@ -51,15 +55,16 @@ impl Ghosts {
     /// Remembers a page by the hash of its name.
     pub(crate) fn remember(&self, hash: u64) {
         let (set, tag) = self.spot(hash);
-        let free = set.0.iter().position(|entry| entry.load(Relaxed) == 0);
-        let at = free.unwrap_or_else(|| self.next.fetch_add(1, Relaxed) as usize % WAYS);
-        set.0[at].store(tag, Relaxed);
+        // Two threads may use one place; one of them is forgotten then.
+        let at = set.oldest.load(Relaxed);
+        set.oldest.store((at + 1) % WAYS, Relaxed);
+        set.tags[usize::from(at)].store(tag, Relaxed);
     }
 
     /// Whether the page is remembered; then it is so no longer.
     pub(crate) fn recall(&self, hash: u64) -> bool {
         let (set, tag) = self.spot(hash);
-        set.0.iter().any(|entry| {
+        set.tags.iter().any(|entry| {
             entry.load(Relaxed) == tag && entry.compare_exchange(tag, 0, Relaxed, Relaxed).is_ok()
         })
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Traces of pages that real programs ask for: which pages of which files, in which order, as strace
-//! sees it. What a guest's page cache would ask a second-level cache for has such a shape.
+//! sees it.
 
 use std::collections::HashMap;
 use std::fs;
