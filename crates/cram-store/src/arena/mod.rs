@@ -29,6 +29,8 @@ mod span;
 mod span_header;
 mod spans;
 mod superblock;
+#[cfg(all(test, not(loom), not(shuttle)))]
+mod tests;
 mod walk;
 
 pub(crate) use file::Opened;

@@ -9,14 +9,15 @@
 
 #![allow(unsafe_code)]
 
+#[cfg_attr(miri, path = "region/heap.rs")]
+mod host;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use crate::prefetch::{LINE_BYTES, prefetch};
 
@@ -38,19 +39,23 @@ impl Region {
     /// written yet.
     pub(crate) fn map(file: OwnedFd, len: u64) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| Errno::NOMEM)?;
-        // SAFETY: the kernel chooses the address, so no other mapping is touched.
-        let base = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                &file,
-                0,
-            )
-        }?;
-        let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        let base = host::map(&file, len)?;
         Ok(Self { base, len, file })
+    }
+
+    /// So many zeroes, in no file that anybody could open.
+    #[cfg(test)]
+    pub(crate) fn for_tests(len: u64) -> Self {
+        #[cfg(not(miri))]
+        let file = {
+            let flags = rustix::fs::MemfdFlags::CLOEXEC;
+            let file = rustix::fs::memfd_create("test", flags).unwrap();
+            rustix::fs::ftruncate(&file, len).unwrap();
+            file
+        };
+        #[cfg(miri)]
+        let file = std::fs::File::open("/dev/null").unwrap().into();
+        Self::map(file, len).unwrap()
     }
 
     pub(crate) fn file(&self) -> BorrowedFd<'_> {
@@ -116,63 +121,39 @@ impl Region {
     /// by the signal that kills whoever touches the page.
     pub(crate) fn populate(&self, at: u64, len: u64) -> io::Result<()> {
         let bytes = usize::try_from(len).map_err(|_| Errno::INVAL)?;
-        let pointer = self.pointer(at, bytes).cast();
-        loop {
-            // SAFETY: inside the mapping; populating changes no byte.
-            match unsafe { madvise(pointer, bytes, Advice::LinuxPopulateWrite) } {
-                Ok(()) => return Ok(()),
-                Err(Errno::INTR | Errno::AGAIN) => (),
-                // Linux before 5.14. Room in the file is what matters.
-                Err(Errno::INVAL) => return self.allocate(at, len),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
-        loop {
-            match fallocate(&self.file, FallocateFlags::KEEP_SIZE, at, len) {
-                Err(Errno::INTR) => (),
-                done => return Ok(done?),
-            }
-        }
+        let pointer = self.pointer(at, bytes);
+        // SAFETY: that is inside the mapping, which begins where the file does.
+        unsafe { host::populate(&self.file, pointer, at, bytes) }
     }
 
     /// Gives these whole pages back to the host; they read as zeroes from now on. Nobody may have
     /// bytes of them. True when the host took them.
     pub(crate) fn punch(&self, at: u64, len: u64) -> bool {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        loop {
-            match fallocate(&self.file, flags, at, len) {
-                Err(Errno::INTR) => (),
-                done => return done.is_ok(),
-            }
-        }
+        let Ok(bytes) = usize::try_from(len) else {
+            return false;
+        };
+        let pointer = self.pointer(at, bytes);
+        // SAFETY: inside the mapping, which begins where the file does. Words may be looked at
+        // meanwhile, which is no harm to whoever made the hole; bytes nobody has, as the caller says.
+        unsafe { host::punch(&self.file, pointer, at, bytes) }.is_ok()
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and every reference into it borrows `self`.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+        unsafe { host::unmap(self.base, self.len) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use std::sync::atomic::Ordering::Relaxed;
-
-    fn region(len: u64) -> Region {
-        let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&file, len).unwrap();
-        Region::map(file, len).unwrap()
-    }
 
     #[test]
     fn words_and_bytes_are_the_same_memory_and_a_hole_is_zero() {
-        let region = region(64 << 10);
+        let region = Region::for_tests(64 << 10);
         region.populate(0, 64 << 10).unwrap();
         region.word(8192).store(0x0807_0605_0403_0201, Relaxed);
         // SAFETY: no other thread knows the region.
@@ -189,7 +170,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "outside of the arena")]
     fn nothing_outside_is_handed_out() {
-        let region = region(4096);
+        let region = Region::for_tests(4096);
         let _ = region.word(4096 - 4);
     }
 }
