@@ -268,6 +268,54 @@ fn a_socket_that_cannot_be_is_explained() {
 }
 
 #[test]
+fn an_arena_that_cannot_be_is_explained_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    std::fs::write(at.join("letters"), "x".repeat(9000)).unwrap();
+    std::fs::create_dir(at.join("folder")).unwrap();
+    for (path, message) in [
+        (
+            "letters",
+            "letters is not an arena, and not empty; give another path, or remove it",
+        ),
+        ("folder", "cannot open folder: Is a directory (os error 21)"),
+        (
+            "absent/x",
+            "cannot open absent/x: No such file or directory (os error 2)",
+        ),
+    ] {
+        let words = ["-c", "64M", "-s", "socket", "--arena", path];
+        let said = complaint(DAEMON, at, &words, 1);
+        assert_eq!(said, format!("the store cannot be made: {message}"));
+        assert!(!at.join("socket").exists(), "{path}");
+    }
+    let letters = std::fs::read_to_string(at.join("letters")).unwrap();
+    assert_eq!(letters, "x".repeat(9000));
+}
+
+#[test]
+fn the_arena_of_a_killed_daemon_is_taken_over_and_that_of_a_living_one_is_not() {
+    let more = ["--arena", "pages"];
+    let mut daemon = Daemon::start_in(tempfile::tempdir().unwrap(), &more);
+    let words = ["-c", "64M", "-s", "other.sock", "--arena", "pages"];
+    let said = complaint(DAEMON, daemon.folder.path(), &words, 1);
+    assert_eq!(
+        said,
+        "the store cannot be made: pages is in use by another process"
+    );
+    let generation = |daemon: &Daemon| {
+        let stats: serde_json::Value =
+            serde_json::from_str(&daemon.cramctl(&["stats", "--json"])).unwrap();
+        stats["store"]["generation"].clone()
+    };
+    let before = generation(&daemon);
+    assert_eq!(daemon.end("-KILL"), None);
+    let folder = std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap());
+    let again = Daemon::start_in(folder, &more);
+    assert_eq!(generation(&again), before);
+}
+
+#[test]
 fn a_signal_ends_the_daemon_and_removes_its_sockets() {
     for signal in ["-TERM", "-INT"] {
         let mut daemon = Daemon::start();

@@ -43,7 +43,7 @@ pub struct Recovery {
     pub is_verified: bool,
     /// Threads that worked on it.
     pub threads: u32,
-    /// How long it took.
+    /// How long it took, from the moment that the file was opened.
     pub took: Duration,
 }
 
@@ -67,13 +67,13 @@ struct Copy {
     payload: Vec<u8>,
 }
 
-/// Enters everything that is in the arena into an empty core.
+/// Enters everything that is in the arena, which began to be opened at `began`, into an empty core.
 pub(crate) fn recover(
     core: &Core,
     found: &[(SpanHeader, u32)],
     is_after_reboot: bool,
+    began: Instant,
 ) -> Result<(Recovery, Vec<KnownClient>), Shortage> {
-    let began = Instant::now();
     let reader = Reader {
         core,
         verifies_all: is_after_reboot,

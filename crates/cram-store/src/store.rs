@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use crate::account::Holder;
 use crate::arena::{Arena, HEADER_BYTES, Opened, now};
@@ -60,6 +61,7 @@ impl Store {
     /// what can be done.
     pub fn new(config: StoreConfig) -> Result<Arc<Self>, StoreError> {
         config.checked()?;
+        let began = Instant::now();
         let capacity_bytes = config.capacity_bytes;
         let budget = Arc::new(Budget::new(capacity_bytes));
         let opened = Arena::open(&config.backing, layout_for(capacity_bytes), budget.clone())?;
@@ -75,7 +77,7 @@ impl Store {
         let Some(core) = Core::new(&config, arena, budget) else {
             return Err(does_not_fit());
         };
-        let recovered = recover(&core, &found, is_after_reboot);
+        let recovered = recover(&core, &found, is_after_reboot, began);
         let (recovery, accounts) = recovered.map_err(|_| does_not_fit())?;
         let core = Arc::new(core);
         let clients = accounts

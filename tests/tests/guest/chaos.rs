@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A hundred kills and restarts of the daemon at random moments of guests' lives.
+//! A hundred kills and restarts of the daemon at random moments of guests' lives; and some of a
+//! daemon that keeps its pages in a file, after which not one page is missing.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cram_tests::guest::{
-    Failed, Guest, Hold, Kernel, LoadOptions, Stage, seed_from_env, wait_until,
+    Daemon, DaemonOptions, Failed, Guest, Hold, Kernel, LoadOptions, Stage, seed_from_env,
+    wait_until,
 };
 
-use crate::scale::{ROOMY, guest_of, pages, small};
+use crate::scale::{ROOMY, expect_used, guest_of, pages, small, wait_stored};
 
 /// Guests that live one after another, so that boot and probe get their share of the kills.
 const LIVES: u32 = 10;
@@ -18,6 +20,9 @@ const LIVES: u32 = 10;
 const KILLS: u32 = 10;
 /// Lives on the debug kernel, which takes its time.
 const DEBUG_LIVES: u32 = 1;
+/// The longest that a killed daemon stays away, in milliseconds: less than what the driver waits
+/// for it before it gives pages up.
+const AWAY_MS: u64 = 800;
 
 /// Random numbers that a seed repeats (SplitMix64).
 struct Lots(u64);
@@ -95,7 +100,7 @@ fn one_life(stage: &Stage, kernel: Kernel, number: u32, lots: &mut Lots) -> Resu
             // Never two lives alike: some kills come while QEMU still realizes the device.
             sleep_unless(Duration::from_millis(lots.below(longest_ms)), &over);
             daemon.kill()?;
-            sleep_unless(Duration::from_millis(lots.below(800)), &over);
+            sleep_unless(Duration::from_millis(lots.below(AWAY_MS)), &over);
             daemon.restart()
         });
         let opened = killed.and_then(|()| daemon.wait_open());
@@ -128,6 +133,78 @@ fn one_life(stage: &Stage, kernel: Kernel, number: u32, lots: &mut Lots) -> Resu
     hold.finish()?;
     ensure!(daemon.control().stats()?.get("gets_corrupt")? == 0);
     guest.finish()
+}
+
+/// A daemon with an arena in a file is killed while the guest swaps, and started again. Pages that
+/// it had acknowledged are there again, requests in flight are answered by the new one, and the
+/// guest, which only sees a back-end that is away for a moment, gets every byte back.
+#[test]
+fn kills_that_lose_nothing() -> Result<(), Failed> {
+    let seed = seed_from_env("kills_that_lose_nothing");
+    Stage::run("kills_that_lose_nothing", |stage| {
+        let mut lots = Lots(seed);
+        let arena = stage.folder().join("arena");
+        let mut daemon = stage.daemon_with(DaemonOptions {
+            capacity: ROOMY.to_owned(),
+            more: vec!["--arena".to_owned(), arena.display().to_string()],
+            ..DaemonOptions::default()
+        })?;
+        let guest = stage.guest(guest_of(&daemon, Kernel::Plain))?;
+        guest.swap_on()?;
+        let load = small(Kernel::Plain);
+        let hold = Hold::start(&guest, &load)?;
+        hold.page_out()?;
+        wait_stored(&daemon, pages(&load) / 2)?;
+        let generation = generation(&daemon)?;
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let life = scope.spawn(|| {
+                let lived = swap_without_loss(&hold, &over);
+                over.store(true, Ordering::SeqCst);
+                lived
+            });
+            let killed = (0..KILLS).try_for_each(|number| {
+                sleep_unless(Duration::from_millis(lots.below(2500)), &over);
+                daemon.kill()?;
+                sleep_unless(Duration::from_millis(lots.below(AWAY_MS)), &over);
+                daemon.restart()?;
+                daemon.wait_open()?;
+                let now = self::generation(&daemon)?;
+                ensure!(now == generation, "kill {number}: not the same store");
+                Ok(())
+            });
+            over.store(true, Ordering::SeqCst);
+            match life.join() {
+                Ok(lived) => lived?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+            killed
+        })
+        .with_context(|| format!("CRAM_SEED={seed}"))?;
+        hold.page_out()?;
+        wait_stored(&daemon, pages(&load) / 2)?;
+        hold.verify("stride", 1)?.expect_good()?;
+        hold.finish()?;
+        expect_used(&guest, &daemon)?;
+        guest.finish()
+    })
+}
+
+fn generation(daemon: &Daemon) -> Result<String> {
+    let text = daemon.control().stats()?.raw["store"]["generation"].clone();
+    Ok(text.as_str().context("no generation")?.to_owned())
+}
+
+/// Pages out and in again, and changed in between, until it is over. Not one may be missing.
+fn swap_without_loss(hold: &Hold<'_>, over: &AtomicBool) -> Result<()> {
+    let mut round = 0;
+    while !over.load(Ordering::SeqCst) {
+        round += 1;
+        hold.page_out()?;
+        hold.verify("random", round)?.expect_good()?;
+        hold.rewrite(round, 500)?;
+    }
+    Ok(())
 }
 
 fn sleep_unless(time: Duration, over: &AtomicBool) {

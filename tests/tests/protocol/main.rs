@@ -2,6 +2,7 @@
 
 //! docs/protocol.md, sentence by sentence, against the real daemon over real sockets and rings.
 
+mod arena;
 mod connection;
 mod events;
 mod hostile;

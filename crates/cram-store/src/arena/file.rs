@@ -4,7 +4,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -257,9 +257,10 @@ impl Opened {
 
 /// The headers of all spans that have one, and how many granules of each have memory.
 fn find_spans(region: &Region, layout: Layout, salt: u64) -> Vec<(SpanHeader, u32)> {
+    let mut data = Data::new(region.file(), layout);
     (1..layout.spans)
         .filter_map(|span| {
-            let bytes = data_bytes(region, layout, span);
+            let bytes = data.bytes_of(span);
             if bytes < SPAN_HEADER_BYTES as u64 {
                 return None;
             }
@@ -267,6 +268,52 @@ fn find_spans(region: &Region, layout: Layout, salt: u64) -> Vec<(SpanHeader, u3
             Some((header, layout.granules_of(bytes)))
         })
         .collect()
+}
+
+/// Where a file has memory (or blocks), asked of the system from the beginning to the end. To look
+/// at a hole through the mapping would have the host give memory for it.
+struct Data<'a> {
+    file: BorrowedFd<'a>,
+    layout: Layout,
+    /// The stretch of memory that was found last: it is asked for once, since the system goes
+    /// through all of it to find its end.
+    stretch: std::ops::Range<u64>,
+}
+
+impl<'a> Data<'a> {
+    fn new(file: BorrowedFd<'a>, layout: Layout) -> Self {
+        Self {
+            file,
+            layout,
+            stretch: 0..0,
+        }
+    }
+
+    /// For how many bytes from the beginning of a span on there is memory. Spans must be asked for
+    /// in order.
+    fn bytes_of(&mut self, span: u32) -> u64 {
+        let (at, whole) = (self.layout.span_at(span), self.layout.span_bytes());
+        if self.stretch.end <= at {
+            self.stretch = self.next_stretch(at);
+        }
+        if self.stretch.contains(&at) {
+            (self.stretch.end - at).min(whole)
+        } else {
+            0
+        }
+    }
+
+    /// The first stretch of memory that ends behind `at`.
+    fn next_stretch(&self, at: u64) -> std::ops::Range<u64> {
+        let end = self.layout.len_bytes();
+        match seek(self.file, Whence::Data(at)) {
+            Ok(data) => data..seek(self.file, Whence::Hole(data)).unwrap_or(end),
+            // Nothing but a hole.
+            Err(Errno::NXIO) => end..end,
+            // A file system that cannot tell: all of it, then.
+            Err(_) => at..end,
+        }
+    }
 }
 
 /// The layout with as many spans as a capacity has room for, one for the superblock, and some that
@@ -298,22 +345,6 @@ fn named_file(path: &Path) -> io::Result<OwnedFd> {
         ));
     }
     Ok(file.into())
-}
-
-/// For how many bytes from the beginning of a span on the file has memory (or blocks). To look at a
-/// hole through the mapping would have the host give memory for it.
-fn data_bytes(region: &Region, layout: Layout, span: u32) -> u64 {
-    let (at, whole) = (layout.span_at(span), layout.span_bytes());
-    match seek(region.file(), Whence::Data(at)) {
-        Ok(data) if data == at => (),
-        Ok(_) | Err(Errno::NXIO) => return 0,
-        // A file system that cannot tell.
-        Err(_) => return whole,
-    }
-    match seek(region.file(), Whence::Hole(at)) {
-        Ok(hole) => (hole - at).min(whole),
-        Err(_) => whole,
-    }
 }
 
 /// Reads through the file, not the mapping: it may be shorter than it should be.
