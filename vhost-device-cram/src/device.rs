@@ -251,6 +251,7 @@ impl Device {
         let memory = self.memory.memory();
         let queue = state.get_queue_mut();
         let waiting = ring::pending(queue, &memory)?;
+        ring::intact()?;
         if waiting == 0 {
             return Ok(0);
         }
@@ -267,12 +268,14 @@ impl Device {
         let mut outcome = Ok(());
         while chains < u32::from(waiting).min(BATCH_CHAINS) && pages < BATCH_PAGES {
             let done = ring::take(queue, &memory).and_then(|head| {
+                ring::intact()?;
                 let table = ring::table(queue);
                 let parsed = workspace.chain().parse(&memory, table, head, &terms);
                 let effect = execute(target, &memory, workspace, parsed);
                 // Before the driver can see the answer, so that who has it finds it counted.
                 Counters::add(&counters.requests, 1);
                 Counters::add(&counters.malformed, u64::from(effect.malformed));
+                ring::intact()?;
                 ring::complete(queue, &memory, head, effect.used)?;
                 Ok(effect)
             });
@@ -342,6 +345,7 @@ impl Device {
                 if !fits {
                     self.guest.mailbox.put_back(event);
                 }
+                ring::intact()?;
                 let used = if fits { EVENT_SIZE } else { 0 };
                 ring::complete(
                     queue,

@@ -16,6 +16,7 @@
 //!   a response. It knows no descriptor.
 //! - [`ring`] takes chains from a ring and completes them; a ring that cannot be trusted any
 //!   more is stopped alone.
+//! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it.
 //! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
 //!   behind a socket, which outlives its connections.
 //!
@@ -34,5 +35,6 @@ pub mod report;
 pub mod request;
 pub mod ring;
 pub mod server;
+pub mod sigbus;
 pub mod size;
 pub mod socket;

@@ -26,6 +26,8 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::sigbus;
+
 /// The guest's memory as one connection sees it.
 pub type Memory = GuestMemoryMmap<()>;
 
@@ -181,14 +183,14 @@ impl Part {
         self.visit(offset, len, |address, range| {
             into.get_mut(range)
                 .is_some_and(|piece| memory.read_slice(piece, address).is_ok())
-        })
+        }) && !sigbus::is_lost()
     }
 
     fn write(&mut self, memory: &Memory, offset: u64, from: &[u8]) -> bool {
         self.visit(offset, from.len(), |address, range| {
             from.get(range)
                 .is_some_and(|piece| memory.write_slice(piece, address).is_ok())
-        })
+        }) && !sigbus::is_lost()
     }
 
     fn is_writable(&mut self, memory: &Memory, offset: u64, len: usize) -> bool {
@@ -231,6 +233,7 @@ impl Chain {
     /// Follows the chain that begins at `head`, and checks the request in it.
     pub fn parse(&mut self, memory: &Memory, table: Table, head: u16, terms: &Terms) -> Parsed {
         if self.collect(memory, table, head, terms.indirect).is_err()
+            || sigbus::is_lost()
             || !self.writable.is_writable(memory, 0, RESPONSE_SIZE)
         {
             return Parsed::Unanswerable;
@@ -250,6 +253,7 @@ impl Chain {
         indirect: bool,
     ) -> bool {
         self.collect(memory, table, head, indirect).is_ok()
+            && !sigbus::is_lost()
             && self.readable.bytes == 0
             && self.writable.is_writable(memory, 0, wire::EVENT_SIZE)
     }

@@ -14,6 +14,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 
 use crate::request::{Memory, Table};
+use crate::sigbus;
 
 /// A ring as vhost-user-backend keeps it.
 pub type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
@@ -42,6 +43,18 @@ pub enum Fault {
     /// Part of the ring is not in the guest's memory.
     #[error("the ring is not in the guest's memory")]
     Unmapped,
+    /// Memory of the guest was taken away, or broke, and something was just read there or written.
+    #[error("part of the guest's memory is gone")]
+    MemoryGone,
+}
+
+/// Whether what this thread read and wrote in guest memory since it last asked was there.
+pub fn intact() -> Result<(), Fault> {
+    if sigbus::take_lost() {
+        Err(Fault::MemoryGone)
+    } else {
+        Ok(())
+    }
 }
 
 /// Where the descriptors of `queue` lie.

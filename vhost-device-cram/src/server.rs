@@ -30,6 +30,7 @@ use crate::client::{Guest, Offer};
 use crate::control;
 use crate::device::Device;
 use crate::relay;
+use crate::sigbus::StoreMapping;
 use crate::socket::{BoundSocket, SocketError, private_connection};
 
 /// What a daemon is started with.
@@ -190,6 +191,8 @@ pub struct Daemon {
     shared: Arc<Shared>,
     stop: Arc<Stop>,
     announcer: Arc<Announcer>,
+    /// Guests' memory may go away; the store's may not.
+    _store_mapping: StoreMapping,
     /// The front-ends that are connected now, to hang up on them.
     lines: Vec<Arc<Mutex<Option<UnixStream>>>>,
     threads: Vec<JoinHandle<()>>,
@@ -199,6 +202,7 @@ impl Daemon {
     /// Starts: afterwards every socket is being listened on.
     pub fn start(options: &Options) -> Result<Self, StartError> {
         let store = options.store.open(options.offer.max_pools)?;
+        let store_mapping = StoreMapping::protect(store.mapping())?;
         let announcer = Arc::new(Announcer::default());
         let mut guests = Vec::new();
         for (name, path) in names(&options.sockets).into_iter().zip(&options.sockets) {
@@ -237,6 +241,7 @@ impl Daemon {
             shared,
             stop,
             announcer,
+            _store_mapping: store_mapping,
             lines: Vec::new(),
             threads: Vec::new(),
         };

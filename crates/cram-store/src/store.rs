@@ -209,6 +209,13 @@ impl Store {
         self.generation
     }
 
+    /// The addresses at which the arena is mapped, for whoever has to know whose memory a signal is
+    /// about. Nothing else may be done with them.
+    #[must_use]
+    pub fn mapping(&self) -> std::ops::Range<usize> {
+        self.core.arena.mapping()
+    }
+
     /// What was found in the arena when the store was opened.
     #[must_use]
     pub fn recovery(&self) -> &Recovery {

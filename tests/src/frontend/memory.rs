@@ -98,6 +98,16 @@ impl Memory {
         LOW + self.low_bytes - bytes
     }
 
+    /// Cuts the file off, so that what is behind the hole is gone; or all of it. What this process
+    /// has mapped of it is gone, too.
+    ///
+    /// # Errors
+    ///
+    /// When the system refuses.
+    pub fn take_away(&self, all: bool) -> Result<()> {
+        Ok(self.file.set_len(if all { 0 } else { self.low_bytes })?)
+    }
+
     /// Room for `bytes`, aligned, filled with 0xa5.
     ///
     /// # Errors

@@ -7,8 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use cram_abi::wire::{RESPONSE_SIZE, pool_flag, result};
-use cram_tests::frontend::{Descriptor, Guest, Options, PATIENCE, Request, TestDaemon};
+use cram_abi::wire::{PAGE_SIZE, RESPONSE_SIZE, pool_flag, result};
+use cram_tests::frontend::{
+    Descriptor, Guest, Options, PATIENCE, Piece, Request, TestDaemon, page,
+};
 use serde_json::json;
 
 const CAPACITY: u64 = 64 << 20;
@@ -49,6 +51,59 @@ fn a_ring_that_lies_is_stopped_alone_until_it_is_reset() -> Result<()> {
         assert_eq!(answer.results(1), [result::OK], "{lie}");
     }
     Ok(())
+}
+
+#[test]
+fn memory_that_is_taken_away_stops_the_queue_that_touches_it() -> Result<()> {
+    let daemon = TestDaemon::start(2, CAPACITY)?;
+    let mut guest = daemon.connect(0)?;
+    let mut other = daemon.connect(1)?;
+    other.new_pool(0, pool_flag::PERSISTENT)?;
+    guest.new_pool(0, pool_flag::PERSISTENT)?;
+    guest.put(0, &[1, 2])?;
+    // A put of page 2 whose bytes are behind the hole.
+    let request = Request::put(0, 0, &[(2, page(2))]);
+    let head_bytes = request.readable.len() - PAGE_SIZE;
+    let (head, writable) = (
+        guest.memory.allocate(head_bytes, 8)?,
+        guest.memory.allocate(RESPONSE_SIZE, 8)?,
+    );
+    guest.memory.write(head, &request.readable[..head_bytes])?;
+    let pieces = [
+        Piece {
+            address: head,
+            len: u32::try_from(head_bytes)?,
+            writable: false,
+        },
+        Piece {
+            address: guest.memory.behind_the_hole(),
+            len: u32::try_from(PAGE_SIZE)?,
+            writable: false,
+        },
+        Piece {
+            address: writable,
+            len: u32::try_from(RESPONSE_SIZE)?,
+            writable: true,
+        },
+    ];
+    guest.memory.take_away(false)?;
+    guest.ring(2).submit(&pieces)?;
+    guest.ring(2).notify_always()?;
+    stopped(&daemon, 1)?;
+    assert!(guest.ring(2).take_used()?.is_none(), "it was answered");
+    // What was read was not the page, so it is not there; and nor is the older one.
+    assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
+    assert_eq!(other.put(0, &[1])?, [result::OK]);
+
+    // All of it, the rings too.
+    guest.memory.take_away(true)?;
+    guest.ring(1).notify_always()?;
+    stopped(&daemon, 2)?;
+    assert_eq!(other.get(0, &[1])?, [result::OK]);
+    drop(guest);
+    let mut guest = daemon.connect(0)?;
+    assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
+    daemon.check_store()
 }
 
 #[test]

@@ -193,6 +193,11 @@ impl Arena {
         &self.spans
     }
 
+    /// The addresses at which it is mapped.
+    pub(crate) fn mapping(&self) -> std::ops::Range<usize> {
+        self.spans.region().addresses()
+    }
+
     pub(crate) fn damaged_records(&self) -> u64 {
         self.damaged.load(Ordering::Relaxed)
     }

@@ -58,6 +58,12 @@ impl Region {
         Self::map(file, len).unwrap()
     }
 
+    /// The addresses at which it is mapped.
+    pub(crate) fn addresses(&self) -> std::ops::Range<usize> {
+        let begin = self.base.addr().get();
+        begin..begin + self.len
+    }
+
     pub(crate) fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
