@@ -155,6 +155,8 @@ impl Fuzzer {
             .arg(format!("-max_len={INPUT_BYTES_MAX}"))
             .args(["-len_control=20", "-timeout=60", "-rss_limit_mb=4096"])
             .arg("-print_final_stats=1")
+            // Threads of a daemon that are just ending look like leaks.
+            .env("ASAN_OPTIONS", "detect_leaks=0")
             .arg(format!("-artifact_prefix={}/", artifacts.display()))
             .arg(&corpus)
             .args(Some(self.seeds(target)).filter(|seeds| seeds.is_dir()))

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whole rings of a hostile guest, served by the device: indexes that jump, heads that do not exist,
+//! rings that lie nowhere, memory that goes away. A queue is served, or it is stopped; what was made
+//! available on one that is not stopped is completed, once.
+
+#![no_main]
+
+mod guest;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::time::Duration;
+
+use arbitrary::Arbitrary;
+use cram_store::{PoolId, PoolKind, PoolSpec, Store, StoreConfig};
+use guest::{LOW_BYTES, Place, RING, Write, memory, table_at, wipe};
+use libfuzzer_sys::fuzz_target;
+use rustix::fs::ftruncate;
+use vhost_device_cram::announce::Announcer;
+use vhost_device_cram::client::{Guest, Offer};
+use vhost_device_cram::device::{Device, FEATURES};
+use vhost_device_cram::ring::Vring;
+use vhost_device_cram::sigbus::{StoreMapping, take_lost};
+use vhost_user_backend::{VhostUserBackend, VringT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+const STEPS_MAX: usize = 48;
+const QUEUES: u16 = 2;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    features: u64,
+    event_idx: bool,
+    steps: Vec<Step>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Write(Write),
+    /// Puts a head into the ring and moves the index by one.
+    Offer {
+        queue: u8,
+        head: u8,
+    },
+    /// Moves the index somewhere.
+    Jump {
+        queue: u8,
+        to: u16,
+    },
+    Kick {
+        queue: u8,
+    },
+    /// Sets a ring up anew, maybe where there is none.
+    Ring {
+        queue: u8,
+        descriptors: Place,
+        available: Place,
+        used: Place,
+    },
+    Reset {
+        queue: u8,
+    },
+    /// The memory is another one, with a part missing.
+    Unplug,
+    /// The file is cut short.
+    Shrink(bool),
+    Event(u16),
+}
+
+struct Host {
+    store: Arc<Store>,
+    guest: Arc<Guest>,
+    _mapping: StoreMapping,
+}
+
+thread_local! {
+    static HOST: RefCell<Host> = RefCell::new(Host::new());
+}
+
+impl Host {
+    fn new() -> Self {
+        let store = Store::new(StoreConfig {
+            capacity_bytes: 1 << 20,
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let account = store.add_client("guest", None).unwrap();
+        let offer = Offer {
+            request_queues: QUEUES,
+            queue_size: RING,
+            max_pools: 4,
+            poll: Duration::ZERO,
+        };
+        let guest = Guest::new(
+            "guest".into(),
+            "/".into(),
+            Arc::clone(&store),
+            account,
+            offer,
+            Arc::new(Announcer::default()),
+        );
+        Self {
+            _mapping: StoreMapping::protect(store.mapping()).unwrap(),
+            guest: Arc::new(guest),
+            store,
+        }
+    }
+
+    fn reset(&self) {
+        for pool in 0..4 {
+            let _ = self.guest.account.destroy_pool(PoolId(pool));
+        }
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        self.guest.account.new_pool(PoolId(0), spec).unwrap();
+        self.guest.mailbox.clear();
+    }
+}
+
+/// Whether what is written, or what the device then writes, may be part of a ring.
+fn may_reach_rings(write: &Write) -> bool {
+    match write {
+        Write::Bytes(..) => true,
+        Write::Descriptor { place, flags, .. } => {
+            flags & 2 != 0 && matches!(place, Place::Wild(_) | Place::Table(_))
+        }
+        _ => false,
+    }
+}
+
+/// Where the rings lie that a good driver would set up.
+fn available_at(queue: u16) -> u64 {
+    0x4000 + u64::from(queue) * 0x400
+}
+
+fn used_at(queue: u16) -> u64 {
+    0x5000 + u64::from(queue) * 0x400
+}
+
+struct Run {
+    memory: GuestMemoryAtomic<GuestMemoryMmap<()>>,
+    file: std::fs::File,
+    device: Device,
+    vrings: Vec<Vring>,
+    /// What was made available; as long as nothing was done to the queue that makes that moot.
+    offered: Vec<Option<u16>>,
+}
+
+impl Run {
+    fn new(host: &Host, input: &Input) -> Self {
+        let (memory, file) = memory();
+        let memory = GuestMemoryAtomic::new(memory);
+        let device = Device::new(Arc::clone(&host.guest), memory.clone()).unwrap();
+        device.acked_features(FEATURES & (input.features | 1 << 32));
+        let vrings = (0..=QUEUES)
+            .map(|_| Vring::new(memory.clone(), RING).unwrap())
+            .collect();
+        let mut run = Self {
+            memory,
+            file,
+            device,
+            vrings,
+            offered: vec![Some(0); usize::from(QUEUES) + 1],
+        };
+        for queue in 0..=QUEUES {
+            run.set_up(
+                queue,
+                table_at(queue.into()),
+                available_at(queue),
+                used_at(queue),
+            );
+            run.vrings[usize::from(queue)].set_queue_event_idx(input.event_idx);
+        }
+        run
+    }
+
+    fn set_up(&mut self, queue: u16, descriptors: u64, available: u64, used: u64) {
+        let vring = &self.vrings[usize::from(queue)];
+        vring.set_queue_size(RING);
+        if vring.set_queue_info(descriptors, available, used).is_ok() {
+            vring.set_queue_next_avail(0);
+            vring.set_queue_next_used(0);
+            vring.set_queue_ready(true);
+            vring.set_enabled(true);
+        }
+    }
+
+    fn load(&self, address: u64) -> u16 {
+        self.memory
+            .memory()
+            .load(GuestAddress(address), SeqCst)
+            .unwrap_or(0)
+    }
+
+    fn store(&self, address: u64, value: u16) {
+        let _ = self
+            .memory
+            .memory()
+            .store(value, GuestAddress(address), SeqCst);
+    }
+
+    /// Nothing more is known of what the device should complete.
+    fn spoil(&mut self) {
+        self.offered.fill(None);
+    }
+
+    fn kick(&self, queue: u16) {
+        // Worker 0 has the event queue, the others one request queue each, on two processors or more.
+        let workers = self.device.queues_per_thread();
+        let of = workers
+            .iter()
+            .position(|queues| queues >> queue & 1 == 1)
+            .unwrap();
+        let mine: Vec<Vring> = (0..=QUEUES)
+            .filter(|queue| workers[of] >> queue & 1 == 1)
+            .map(|queue| self.vrings[usize::from(queue)].clone())
+            .collect();
+        self.device
+            .handle_event(0, EventSet::IN, &mine, of)
+            .unwrap();
+    }
+
+    fn step(&mut self, step: &Step) {
+        let number = |queue: &u8| u16::from(*queue) % (QUEUES + 1);
+        match step {
+            Step::Write(write) => {
+                if may_reach_rings(write) {
+                    self.spoil();
+                }
+                write.apply(&self.memory.memory());
+            }
+            Step::Offer { queue, head } => {
+                let queue = number(queue);
+                let index = self.load(available_at(queue) + 2);
+                let slot = available_at(queue) + 4 + 2 * u64::from(index % RING);
+                let head = u16::from(*head) % (RING + 1);
+                self.store(slot, head);
+                self.store(available_at(queue) + 2, index.wrapping_add(1));
+                let offered = &mut self.offered[usize::from(queue)];
+                *offered = offered.filter(|_| head < RING).map(|count| count + 1);
+            }
+            Step::Jump { queue, to } => {
+                let queue = number(queue);
+                self.store(available_at(queue) + 2, *to);
+                self.offered[usize::from(queue)] = None;
+            }
+            Step::Kick { queue } => {
+                let queue = number(queue);
+                // The driver's own accesses find memory missing, too.
+                take_lost();
+                self.kick(queue);
+                self.expect_completed(queue);
+            }
+            Step::Ring {
+                queue,
+                descriptors,
+                available,
+                used,
+            } => {
+                let queue = number(queue);
+                self.offered[usize::from(queue)] = None;
+                let [descriptors, available, used] =
+                    [descriptors, available, used].map(|place| place.address());
+                self.set_up(queue, descriptors, available, used);
+            }
+            Step::Reset { queue } => {
+                let queue = number(queue);
+                let vring = &self.vrings[usize::from(queue)];
+                vring.set_enabled(false);
+                vring.set_queue_ready(false);
+                self.device.stop_vring(queue.into()).unwrap();
+                self.store(available_at(queue) + 2, 0);
+                self.store(used_at(queue) + 2, 0);
+                self.offered[usize::from(queue)] = Some(0);
+                self.set_up(
+                    queue,
+                    table_at(queue.into()),
+                    available_at(queue),
+                    used_at(queue),
+                );
+            }
+            Step::Unplug => {
+                self.spoil();
+                let region = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
+                self.memory.lock().unwrap().replace(region);
+            }
+            Step::Shrink(all) => {
+                self.spoil();
+                let len = if *all { 0 } else { LOW_BYTES / 2 };
+                ftruncate(&self.file, len).unwrap();
+            }
+            Step::Event(pressure) => HOST.with_borrow(|host| {
+                host.guest.mailbox.post_pressure(u32::from(*pressure));
+            }),
+        }
+    }
+
+    /// A request queue that is in order, and in memory that is there, has been served to its end.
+    fn expect_completed(&self, queue: u16) {
+        if queue == 0 {
+            return;
+        }
+        if let Some(offered) = self.offered[usize::from(queue)] {
+            let used = self.load(used_at(queue) + 2);
+            let full = self.load(available_at(queue) + 2);
+            let stopped = HOST.with_borrow(|host| host.guest.counters.queues_stopped.load(Relaxed));
+            // More than fits were made available at once: stopped, rightly.
+            assert!(
+                used == offered || stopped > 0,
+                "{offered} were made available (index {full}), {used} completed"
+            );
+        }
+    }
+}
+
+fuzz_target!(|input: Input| {
+    let run = HOST.with_borrow(|host| {
+        host.reset();
+        host.guest.counters.queues_stopped.store(0, Relaxed);
+        Run::new(host, &input)
+    });
+    let mut run = run;
+    wipe(&run.memory.memory());
+    for step in input.steps.iter().take(STEPS_MAX) {
+        run.step(step);
+    }
+    HOST.with_borrow(|host| {
+        assert!(host.store.stats().mem_used_total <= host.store.capacity_bytes());
+    });
+});
