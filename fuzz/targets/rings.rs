@@ -94,6 +94,8 @@ impl Host {
             queue_size: RING,
             max_pools: 4,
             poll: Duration::ZERO,
+            workers: None,
+            pin: Vec::new(),
         };
         let guest = Guest::new(
             "guest".into(),

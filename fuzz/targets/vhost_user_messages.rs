@@ -193,6 +193,8 @@ impl Host {
                 queue_size: 16,
                 max_pools: 4,
                 poll: Duration::ZERO,
+                workers: None,
+                pin: Vec::new(),
             },
         };
         let daemon = Daemon::start(&options).unwrap();

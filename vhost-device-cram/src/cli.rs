@@ -90,10 +90,21 @@ pub struct Arguments {
           value_parser = clap::value_parser!(u32).range(1..=i64::from(POOLS_MAX)))]
     pub max_pools: u32,
 
-    /// Microseconds that a worker watches its queues before it sleeps; 0 costs least, more answers sooner
-    #[arg(long, value_name = "N", default_value_t = 0,
+    /// Microseconds that a worker watches its queues before it sleeps, at the most; how long it does
+    /// adapts to the guest, and an idle one costs nothing. 0: never
+    #[arg(long, value_name = "N", default_value_t = 50,
           value_parser = clap::value_parser!(u32).range(0..=i64::from(POLL_US_MAX)))]
     pub poll_us: u32,
+
+    /// Worker threads of each guest, among which its queues are shared [default: one for each
+    /// processor, and no more than queues]
+    #[arg(long, value_name = "N",
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_REQUEST_QUEUES)))]
+    pub workers: Option<u16>,
+
+    /// Run workers on these processors only, one on each in turn, such as 2,3,6-9
+    #[arg(long, value_name = "CPUS", value_parser = processors)]
+    pub pin: Option<Processors>,
 
     /// How much to say: off, error, warn, info, debug or trace [default: info, or what RUST_LOG says]
     #[arg(long, value_name = "LEVEL", value_parser = log_level)]
@@ -118,6 +129,33 @@ fn queue_size(text: &str) -> Result<u16, String> {
             "write a power of two up to {QUEUE_SIZE_MAX}, such as 256"
         )),
     }
+}
+
+/// Numbers of processors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Processors(Vec<u32>);
+
+/// More processors than any machine has.
+const PROCESSORS_MAX: u32 = 1024;
+
+/// Numbers and ranges of numbers, as in the kernel's own lists.
+fn processors(text: &str) -> Result<Processors, String> {
+    let number = |text: &str| {
+        text.trim()
+            .parse::<u32>()
+            .ok()
+            .filter(|n| *n < PROCESSORS_MAX)
+    };
+    let range = |part: &str| match part.split_once('-') {
+        Some((first, last)) => number(first).zip(number(last)).map(|(a, b)| a..=b),
+        None => number(part).map(|only| only..=only),
+    };
+    let ranges: Option<Vec<_>> = text.split(',').map(range).collect();
+    ranges
+        .map(|ranges| ranges.into_iter().flatten().collect::<Vec<_>>())
+        .filter(|numbers| !numbers.is_empty())
+        .map(Processors)
+        .ok_or_else(|| "write numbers of processors and ranges of them, such as 2,3,6-9".to_owned())
 }
 
 fn log_level(text: &str) -> Result<log::LevelFilter, String> {
@@ -185,6 +223,12 @@ impl Arguments {
                 queue_size: self.queue_size,
                 max_pools: self.max_pools,
                 poll: Duration::from_micros(u64::from(self.poll_us)),
+                workers: self.workers,
+                pin: self
+                    .pin
+                    .as_ref()
+                    .map(|list| list.0.clone())
+                    .unwrap_or_default(),
             },
         })
     }
@@ -219,6 +263,21 @@ pub fn one_line(error: &clap::Error) -> String {
             let full = error.to_string();
             let line = full.lines().next().unwrap_or_default();
             line.strip_prefix("error: ").unwrap_or(line).to_owned()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_processors_are_read() {
+        let read = |text| processors(text).map(|list| list.0).ok();
+        assert_eq!(read("3"), Some(vec![3]));
+        assert_eq!(read("2,3, 6-8"), Some(vec![2, 3, 6, 7, 8]));
+        for wrong in ["", "x", "1,", "5-3", "-1", "1024", "1-2-3", "0-4294967295"] {
+            assert_eq!(read(wrong), None, "{wrong}");
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::device::Device;
 use crate::events::Mailbox;
 
 /// What every guest is offered.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Offer {
     /// Request queues.
     pub request_queues: u16,
@@ -27,8 +27,22 @@ pub struct Offer {
     pub queue_size: u16,
     /// Pools of a guest.
     pub max_pools: u32,
-    /// How long a worker watches its rings before it sleeps.
+    /// How long a worker watches its rings before it sleeps, at the most.
     pub poll: Duration,
+    /// Workers of a guest; as many as there are processors when not given. Never more than queues.
+    pub workers: Option<u16>,
+    /// The processors that workers run on, one after the other; any when there are none.
+    pub pin: Vec<u32>,
+}
+
+impl Offer {
+    /// How many workers share a guest's request queues.
+    pub fn workers(&self) -> usize {
+        self.workers.map_or_else(
+            || std::thread::available_parallelism().map_or(1, usize::from),
+            usize::from,
+        )
+    }
 }
 
 /// Counts of what a guest did, since the daemon started.

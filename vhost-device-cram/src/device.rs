@@ -13,12 +13,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cram_abi::wire::{EVENT_QUEUE, EVENT_SIZE, feature};
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendFlags, send};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -31,6 +32,7 @@ use zerocopy::IntoBytes;
 
 use crate::client::{Counters, Guest};
 use crate::execute::{Target, Workspace, execute};
+use crate::patience::Patience;
 use crate::request::{Memory, Terms};
 use crate::ring::{self, Fault, Vring};
 
@@ -52,9 +54,17 @@ pub const FEATURES: u64 = (1 << VIRTIO_F_VERSION_1)
 struct Worker {
     /// Request queues of the worker (indexes of the device).
     queues: Vec<u16>,
-    workspace: Mutex<Workspace>,
+    /// What it works with; only the worker itself looks at it.
+    tools: Mutex<Tools>,
     /// Rung to end the worker, or to have it look at the mailbox.
     bell: OwnedFd,
+}
+
+struct Tools {
+    workspace: Workspace,
+    patience: Patience,
+    /// The processor that the worker is to run on, until it does.
+    pin: Option<u32>,
 }
 
 /// One connection.
@@ -74,12 +84,13 @@ impl Device {
     /// A device for one connection of `guest`.
     pub fn new(guest: Arc<Guest>, memory: GuestMemoryAtomic<Memory>) -> io::Result<Self> {
         let queues: Vec<u16> = (1..=guest.offer.request_queues).collect();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let groups = queues.len().min(cores).max(1);
-        let mut workers = vec![Self::worker(vec![EVENT_QUEUE])?];
+        let offer = &guest.offer;
+        let groups = queues.len().min(offer.workers()).max(1);
+        let mut workers = vec![Self::worker(vec![EVENT_QUEUE], offer.poll, None)?];
+        let mut processors = offer.pin.iter().copied().cycle();
         for group in 0..groups {
             let mine = queues.iter().copied().skip(group).step_by(groups).collect();
-            workers.push(Self::worker(mine)?);
+            workers.push(Self::worker(mine, offer.poll, processors.next())?);
         }
         let stopped = (0..=queues.len()).map(|_| AtomicBool::new(false)).collect();
         Ok(Device {
@@ -93,11 +104,16 @@ impl Device {
         })
     }
 
-    fn worker(queues: Vec<u16>) -> io::Result<Worker> {
+    fn worker(queues: Vec<u16>, poll: Duration, pin: Option<u32>) -> io::Result<Worker> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let tools = Tools {
+            workspace: Workspace::new(),
+            patience: Patience::new(poll),
+            pin,
+        };
         Ok(Worker {
             queues,
-            workspace: Mutex::new(Workspace::new()),
+            tools: Mutex::new(tools),
             bell,
         })
     }
@@ -182,16 +198,25 @@ impl Device {
         );
     }
 
-    /// Serves a group of request queues until all of them are empty.
+    /// Serves a group of request queues until all of them are empty, and have been for a while.
     fn serve_requests(&self, worker: &Worker, vrings: &[Vring]) {
-        let mut workspace = worker.workspace.lock();
+        let mut tools = worker.tools.lock();
+        let Tools {
+            workspace,
+            patience,
+            pin,
+        } = &mut *tools;
+        if let Some(processor) = pin.take() {
+            self.run_on(processor);
+        }
         let rings = || worker.queues.iter().copied().zip(vrings);
         Counters::add(&self.guest.counters.wakeups, 1);
+        patience.wakes(Instant::now());
         let mut idle_since = None;
         while !self.closing.load(Ordering::Acquire) {
             let mut worked = false;
             for (queue, vring) in rings() {
-                match self.serve_batch(queue, vring, &mut workspace) {
+                match self.serve_batch(queue, vring, workspace) {
                     Ok(n) => worked |= n > 0,
                     Err(fault) => self.stop_queue(queue, fault),
                 }
@@ -200,9 +225,9 @@ impl Device {
                 idle_since = None;
                 continue;
             }
-            if !self.guest.offer.poll.is_zero() {
+            if !patience.window().is_zero() {
                 let since = *idle_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < self.guest.offer.poll {
+                if since.elapsed() < patience.window() {
                     std::hint::spin_loop();
                     continue;
                 }
@@ -218,6 +243,26 @@ impl Device {
                 break;
             }
             idle_since = None;
+        }
+        patience.sleeps(Instant::now());
+    }
+
+    /// Has the calling worker run on one processor only.
+    fn run_on(&self, processor: u32) {
+        let mut set = CpuSet::new();
+        let done = usize::try_from(processor)
+            .ok()
+            .filter(|processor| *processor < CpuSet::MAX_CPU)
+            .ok_or(rustix::io::Errno::INVAL)
+            .and_then(|processor| {
+                set.set(processor);
+                sched_setaffinity(None, &set)
+            });
+        if let Err(error) = done {
+            log::warn!(
+                "{}: a worker cannot run on processor {processor}: {error}",
+                self.guest.name
+            );
         }
     }
 
@@ -322,8 +367,8 @@ impl Device {
         let Some(worker) = self.workers.get(EVENT_WORKER) else {
             return Ok(());
         };
-        let mut workspace = worker.workspace.lock();
-        let chain = workspace.chain();
+        let mut tools = worker.tools.lock();
+        let chain = tools.workspace.chain();
         let indirect = self.terms().indirect;
         let mut state = vring.get_mut();
         if !ring::is_running(&state) {

@@ -30,6 +30,7 @@ pub mod control;
 pub mod device;
 pub mod events;
 pub mod execute;
+pub mod patience;
 pub mod relay;
 pub mod report;
 pub mod request;

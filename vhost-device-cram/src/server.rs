@@ -212,7 +212,7 @@ impl Daemon {
                 path.clone(),
                 Arc::clone(&store),
                 account,
-                options.offer,
+                options.offer.clone(),
                 Arc::clone(&announcer),
             )));
         }

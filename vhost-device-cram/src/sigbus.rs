@@ -95,10 +95,11 @@ fn install() -> std::io::Result<()> {
 /// not go through the C library.
 extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     // SAFETY: the handler was registered with SA_SIGINFO, so the kernel hands over a valid one.
-    let code = unsafe { (*info).si_code };
-    // SAFETY: as above; for SIGBUS from the kernel this field is what the union holds, and for one
-    // that somebody sent it is looked at only after `code` has told them apart.
-    let address = unsafe { (*info).si_addr() } as usize;
+    let info = unsafe { *info };
+    let code = info.si_code;
+    // SAFETY: for SIGBUS from the kernel this field is what the union holds, and for one that somebody
+    // sent it is looked at only after `code` has told them apart.
+    let address = unsafe { info.si_addr() } as usize;
     // An early warning of broken memory, which nobody has touched yet.
     if code == libc::BUS_MCEERR_AO {
         return;

@@ -205,6 +205,11 @@ fn a_wrong_command_line_gets_one_line_that_says_what_to_do() {
             "invalid value '100' for '--queue-size <N>': write a power of two up to 32768, such as 256",
         ),
         (
+            &["-s", "x", "-c", "1G", "--pin", "5-3"],
+            "invalid value '5-3' for '--pin <CPUS>': write numbers of processors and ranges of \
+             them, such as 2,3,6-9",
+        ),
+        (
             &["-s", "x", "-c", "1G", "--log-level", "loud"],
             "invalid value 'loud' for '--log-level <LEVEL>': write off, error, warn, info, debug or trace",
         ),

@@ -53,6 +53,8 @@ impl TestDaemon {
                 queue_size: 256,
                 max_pools: 16,
                 poll: Duration::ZERO,
+                workers: None,
+                pin: Vec::new(),
             },
         };
         change(&mut options);

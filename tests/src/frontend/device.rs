@@ -20,6 +20,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use super::flow::{Flow, Wait};
 use super::memory::Memory;
 use super::request::Request;
 use super::ring::{Manner, Piece, Ring};
@@ -270,6 +271,23 @@ impl Guest {
     /// A queue: 0 is the event queue.
     pub fn ring(&mut self, index: usize) -> &mut Ring {
         &mut self.rings[index]
+    }
+
+    /// A driver at full speed on a queue that is idle.
+    ///
+    /// # Errors
+    ///
+    /// When the memory has no room.
+    pub fn flow(
+        &mut self,
+        queue: usize,
+        pool: u32,
+        lanes: usize,
+        batch: usize,
+        wait: Wait,
+    ) -> Result<Flow<'_>> {
+        let memory = Arc::clone(&self.memory);
+        Flow::new(memory, &mut self.rings[queue], pool, lanes, batch, wait)
     }
 
     /// Reads the configuration space.

@@ -156,10 +156,19 @@ impl Memory {
     /// When the address is wrong.
     pub fn read(&self, address: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        self.map
-            .read_slice(&mut bytes, GuestAddress(address))
-            .with_context(|| format!("reading from {address:#x}"))?;
+        self.read_into(address, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Reads bytes into a buffer.
+    ///
+    /// # Errors
+    ///
+    /// When the address is wrong.
+    pub fn read_into(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.map
+            .read_slice(bytes, GuestAddress(address))
+            .with_context(|| format!("reading from {address:#x}"))
     }
 
     /// Stores an index of a ring, after everything that was written before.

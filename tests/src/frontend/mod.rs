@@ -8,16 +8,19 @@
 //! - [`TestDaemon`] runs the daemon in this process, in a folder of its own.
 //! - [`Guest`] connects to it, and calls operations one by one.
 //! - [`Ring`] is one queue, for tests that want many requests in flight, or wrong ones.
+//! - [`Flow`] sends requests that are laid out once, at full speed.
 //! - [`Request`] is the readable part of a request as bytes, to be sent as it is or damaged.
 
 mod daemon;
 mod device;
+mod flow;
 mod memory;
 mod request;
 mod ring;
 
 pub use daemon::TestDaemon;
 pub use device::{Answer, Guest, Options};
+pub use flow::{Ask, Done, Flow, Wait};
 pub use memory::Memory;
 pub use request::{Request, page};
 pub use ring::{Descriptor, Piece, Ring};

@@ -76,6 +76,7 @@ pub struct Ring {
     next_available: u16,
     announced: u16,
     last_used: u16,
+    is_watched: bool,
     kick: EventFd,
     call: EventFd,
     /// Watches `call`.
@@ -105,6 +106,7 @@ impl Ring {
             next_available: 0,
             announced: 0,
             last_used: 0,
+            is_watched: false,
             kick: EventFd::new(EFD_NONBLOCK)?,
             call: EventFd::new(EFD_NONBLOCK)?,
             bell: PollContext::new()?,
@@ -154,24 +156,11 @@ impl Ring {
     pub fn submit(&mut self, pieces: &[Piece]) -> Result<u16> {
         ensure!(!pieces.is_empty(), "a chain has at least one descriptor");
         let head = if self.manner.indirect {
-            let head = self.take_descriptor()?;
             let table = self.memory.allocate(16 * pieces.len(), 16)?;
-            for (k, piece) in pieces.iter().enumerate() {
-                let last = k + 1 == pieces.len();
-                let next = if last { 0 } else { u16::try_from(k + 1)? };
-                let bytes = Self::descriptor_for(piece, last, next).to_bytes();
-                self.memory.write(table + 16 * k as u64, &bytes)?;
-            }
-            let len = u32::try_from(16 * pieces.len())?;
-            let descriptor = Descriptor {
-                address: table,
-                len,
-                flags: INDIRECT,
-                next: 0,
-            };
-            self.write_descriptor(head, descriptor)?;
-            self.chains.insert(head, vec![head]);
-            head
+            let mut bytes = vec![0; 16 * pieces.len()];
+            Self::lay_out(&mut pieces.iter().copied(), &mut bytes);
+            self.memory.write(table, &bytes)?;
+            return self.submit_table(table, pieces.len());
         } else {
             let chain: Vec<u16> = pieces
                 .iter()
@@ -187,6 +176,36 @@ impl Ring {
             self.chains.insert(head, chain);
             head
         };
+        self.make_available(head)?;
+        Ok(head)
+    }
+
+    /// Writes the descriptors of a chain into a table of its own: 16 bytes for each piece.
+    pub fn lay_out(pieces: &mut dyn Iterator<Item = Piece>, table: &mut [u8]) {
+        let mut entries = table.chunks_exact_mut(16).zip(1..).peekable();
+        while let Some((entry, next)) = entries.next() {
+            let Some(piece) = pieces.next() else { return };
+            let last = entries.peek().is_none();
+            let descriptor = Self::descriptor_for(&piece, last, if last { 0 } else { next });
+            entry.copy_from_slice(&descriptor.to_bytes());
+        }
+    }
+
+    /// Makes a chain available whose descriptors are in a table of their own.
+    ///
+    /// # Errors
+    ///
+    /// When the ring is full.
+    pub fn submit_table(&mut self, table: u64, entries: usize) -> Result<u16> {
+        let head = self.take_descriptor()?;
+        let descriptor = Descriptor {
+            address: table,
+            len: u32::try_from(16 * entries)?,
+            flags: INDIRECT,
+            next: 0,
+        };
+        self.write_descriptor(head, descriptor)?;
+        self.chains.insert(head, vec![head]);
         self.make_available(head)?;
         Ok(head)
     }
@@ -281,10 +300,28 @@ impl Ring {
         Ok(self.kick.write(1)?)
     }
 
-    fn want_interrupt(&self) -> Result<()> {
+    /// Whether the ring is watched, so that no interrupts are wanted.
+    ///
+    /// # Errors
+    ///
+    /// When memory fails.
+    pub fn watch(&mut self, is_watched: bool) -> Result<()> {
+        self.is_watched = is_watched;
         if self.manner.event_idx {
-            let address = self.available + 4 + 2 * u64::from(self.manner.size);
-            self.memory.store(address, self.last_used)?;
+            // What is completed next does not pass this index for a whole round of 65,536.
+            return self.store_event(self.last_used.wrapping_sub(u16::from(is_watched)));
+        }
+        self.memory.store(self.available, u16::from(is_watched))
+    }
+
+    fn store_event(&self, index: u16) -> Result<()> {
+        let address = self.available + 4 + 2 * u64::from(self.manner.size);
+        self.memory.store(address, index)
+    }
+
+    fn want_interrupt(&self) -> Result<()> {
+        if self.manner.event_idx && !self.is_watched {
+            self.store_event(self.last_used)?;
         }
         Ok(())
     }
@@ -305,7 +342,9 @@ impl Ring {
             return Ok(None);
         }
         let slot = u64::from(self.last_used % self.manner.size);
-        let bytes = self.memory.read(self.used + 4 + 8 * slot, 8)?;
+        let mut bytes = [0; 8];
+        self.memory
+            .read_into(self.used + 4 + 8 * slot, &mut bytes)?;
         let word = |at: usize| {
             let mut word = [0; 4];
             word.copy_from_slice(&bytes[at..at + 4]);

@@ -301,23 +301,48 @@ fn fewer_and_smaller_queues_do() -> Result<()> {
 }
 
 #[test]
-fn a_daemon_that_polls_answers_too() -> Result<()> {
-    let daemon = TestDaemon::start_with(1, CAPACITY, |options| {
-        options.offer.poll = Duration::from_micros(300);
-        options.offer.request_queues = 5;
-    })?;
-    let options = Options {
-        request_queues: 5,
-        ..Options::default()
-    };
-    let mut guest = Guest::connect(&daemon.socket(0), &options)?;
-    guest.new_pool(0, pool_flag::PERSISTENT)?;
-    for k in 0..200 {
-        let queue = usize::try_from(k % 5 + 1)?;
-        let answer = guest.call(queue, &Request::put(0, 0, &[(k, page(u64::from(k)))]))?;
-        assert_eq!(answer.results(1), [result::OK]);
+fn workers_may_poll_share_queues_and_be_pinned() -> Result<()> {
+    let poll = Duration::from_micros(300);
+    for (workers, poll, pin) in [
+        (None, poll, vec![]),
+        (Some(1), Duration::ZERO, vec![]),
+        (Some(3), poll, vec![0]),
+        // There is no such processor: they run where they like, and the log says so.
+        (Some(9), poll, vec![1023]),
+    ] {
+        let daemon = TestDaemon::start_with(1, CAPACITY, |options| {
+            options.offer.poll = poll;
+            options.offer.workers = workers;
+            options.offer.pin = pin.clone();
+            options.offer.request_queues = 5;
+        })?;
+        let options = Options {
+            request_queues: 5,
+            ..Options::default()
+        };
+        let mut guest = Guest::connect(&daemon.socket(0), &options)?;
+        guest.new_pool(0, pool_flag::PERSISTENT)?;
+        for k in 0..200 {
+            let queue = usize::try_from(k % 5 + 1)?;
+            let answer = guest.call(queue, &Request::put(0, 0, &[(k, page(u64::from(k)))]))?;
+            assert_eq!(answer.results(1), [result::OK]);
+        }
+        let wanted = if pin == [0] { 3 } else { 0 };
+        assert_eq!(threads_on_processor_0()?, wanted, "{workers:?} {pin:?}");
     }
     Ok(())
+}
+
+/// Workers of this process that may run on processor 0 only. (What other tests start is pinned
+/// nowhere.)
+fn threads_on_processor_0() -> Result<usize> {
+    let mut count = 0;
+    for thread in std::fs::read_dir("/proc/self/task")? {
+        // A thread may have ended since.
+        let status = std::fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
+        count += usize::from(status.contains("\nCpus_allowed_list:\t0\n"));
+    }
+    Ok(count)
 }
 
 #[test]

@@ -5,6 +5,7 @@
 mod arena;
 mod connection;
 mod events;
+mod flow;
 mod hostile;
 mod malformed;
 mod operations;
