@@ -184,6 +184,12 @@ impl Accounts {
         self.by_number.read().iter().flatten().cloned().collect()
     }
 
+    /// The sum over all of them.
+    pub(crate) fn sum(&self, of: impl Fn(&Account) -> u64) -> u64 {
+        let by_number = self.by_number.read();
+        by_number.iter().flatten().map(|account| of(account)).sum()
+    }
+
     /// Makes an account under the lowest number that is free; `None` when there is none, or `make`
     /// makes none.
     pub(crate) fn add(

@@ -335,11 +335,13 @@ impl Client {
     pub fn stats(&self) -> ClientStats {
         let account = &self.account;
         let quota = self.quota_bytes().unwrap_or(0);
-        let pools = self.pools();
-        let sum = pools
-            .iter()
-            .filter(|(_, pool)| !pool.space().is_shared())
-            .fold(account.tally.sum(), |sum, (_, pool)| {
+        let sum = self
+            .pools
+            .read()
+            .by_id
+            .values()
+            .filter(|pool| !pool.space().is_shared())
+            .fold(account.tally.sum(), |sum, pool| {
                 sum.plus(&pool.space().tally.sum())
             });
         sum.read(account.used_bytes(), quota, account.used_bytes_max())

@@ -74,16 +74,15 @@ impl Core {
             .budget
             .held_bytes()
             .saturating_sub(self.arena.spans().held_bytes());
-        let images: u64 = self
-            .accounts
-            .all()
-            .iter()
-            .filter(|account| account.holder != Holder::SharedPool)
-            .map(|account| account.image_bytes.load(Relaxed))
-            .sum();
+        let images = self.accounts.sum(|account| match account.holder {
+            Holder::SharedPool => 0,
+            _ => account.image_bytes.load(Relaxed),
+        });
         let pages: u64 = self
-            .all_spaces()
+            .spaces
+            .read()
             .iter()
+            .flatten()
             .filter(|space| !space.is_evictable())
             .map(|space| space.tally.billed_bytes())
             .sum();
