@@ -15,9 +15,9 @@ use crate::{system, workspace};
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// What to measure
+    /// What to measure [default: everything]
     #[arg(value_enum)]
-    subject: Subject,
+    subject: Option<Subject>,
     /// Only these sections of it; an unknown name lists those that there are
     sections: Vec<String>,
     /// A look, in a minute or two: fewer pages and rounds
@@ -30,6 +30,17 @@ pub struct BenchArgs {
 enum Subject {
     /// The store by itself
     Store,
+    /// The device, driven over a real socket and real rings
+    Device,
+}
+
+impl Subject {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+            Self::Device => "device",
+        }
+    }
 }
 
 /// Runs `cargo xtask bench`.
@@ -38,19 +49,23 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     system::prepare(&cache)?;
     let root = workspace::root()?;
     let program = workspace::build_bench(&root, &cache)?;
-    let name = match args.subject {
-        Subject::Store => "store",
+    let all: Vec<Subject> = match args.subject {
+        Some(subject) => vec![subject],
+        None => Subject::value_variants().to_vec(),
     };
-    let mut command = Command::new(program);
-    command
-        .arg(name)
-        .args(&args.sections)
-        .arg("--out")
-        .arg(workspace::target_dir(&root).join("bench"));
-    if args.quick {
-        command.arg("--quick");
+    for subject in all {
+        let mut command = Command::new(&program);
+        command
+            .arg(subject.name())
+            .args(&args.sections)
+            .arg("--out")
+            .arg(workspace::target_dir(&root).join("bench"));
+        if args.quick {
+            command.arg("--quick");
+        }
+        finish(command, &root)?;
     }
-    finish(command, &root)
+    Ok(())
 }
 
 fn finish(mut command: Command, root: &Path) -> Result<()> {

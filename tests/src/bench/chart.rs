@@ -161,48 +161,94 @@ fn escaped(text: &str) -> String {
         .replace('>', "&gt;")
 }
 
+fn pick<'a>(figures: &Figures, names: &[(&'a str, &str)]) -> Vec<(&'a str, f64)> {
+    names
+        .iter()
+        .filter_map(|(label, name)| Some((*label, figures.get(name)?)))
+        .collect()
+}
+
+/// The device's picture.
+#[must_use]
+pub fn device(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
+    vec![
+        aimed_at("The device: what was aimed at", figures, aims),
+        beside(
+            "Pages in a second",
+            "One queue, batches of 32; the codec is one thread of lz4_flex alone.",
+            &["puts", "gets"],
+            &pick(
+                figures,
+                &[
+                    ("puts", "put_per_s"),
+                    ("compressions (codec)", "codec_put_per_s"),
+                    ("gets", "get_per_s"),
+                    ("decompressions (codec)", "codec_get_per_s"),
+                    ("refused by the store", "null_pages_per_s"),
+                ],
+            ),
+        ),
+        beside(
+            "Microseconds for one page, one at a time",
+            "From before the driver lays the request out until it has read the answer.",
+            &["get, half of all", "put, half of all"],
+            &pick(
+                figures,
+                &[
+                    ("decompression alone", "codec_get_p50_us"),
+                    ("get, half of all", "get_qd1_p50_us"),
+                    ("get, 99 in a hundred", "get_qd1_p99_us"),
+                    ("get, 999 in a thousand", "get_qd1_p999_us"),
+                    ("get, both sides sleeping", "get_qd1_sleeping_p50_us"),
+                    ("put, half of all", "put_qd1_p50_us"),
+                ],
+            ),
+        ),
+    ]
+}
+
 /// The store's picture.
 #[must_use]
 pub fn store(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
-    let pick = |names: &[(&'static str, &str)]| -> Vec<(&'static str, f64)> {
-        names
-            .iter()
-            .filter_map(|(label, name)| Some((*label, figures.get(name)?)))
-            .collect()
-    };
     vec![
         aimed_at("The store: what was aimed at", figures, aims),
         beside(
             "Bytes held for a byte of compressed data",
             "Process memory; the models of the kernel's allocators are computed from the same sizes.",
             &["store, filled", "store, churned, half freed, compacted"],
-            &pick(&[
-                ("store, filled", "held_vs_compressed"),
-                ("zsmalloc (model), filled", "zsmalloc_vs_compressed"),
-                ("zbud (model), filled", "zbud_vs_compressed"),
-                ("hash map of boxes, filled", "hash_map_vs_compressed"),
-                (
-                    "store, churned, half freed, compacted",
-                    "held_vs_compressed_churned",
-                ),
-                (
-                    "zsmalloc (model), half freed",
-                    "zsmalloc_vs_compressed_half",
-                ),
-                ("zbud (model), half freed", "zbud_vs_compressed_half"),
-            ]),
+            &pick(
+                figures,
+                &[
+                    ("store, filled", "held_vs_compressed"),
+                    ("zsmalloc (model), filled", "zsmalloc_vs_compressed"),
+                    ("zbud (model), filled", "zbud_vs_compressed"),
+                    ("hash map of boxes, filled", "hash_map_vs_compressed"),
+                    (
+                        "store, churned, half freed, compacted",
+                        "held_vs_compressed_churned",
+                    ),
+                    (
+                        "zsmalloc (model), half freed",
+                        "zsmalloc_vs_compressed_half",
+                    ),
+                    ("zbud (model), half freed", "zbud_vs_compressed_half"),
+                ],
+            ),
         ),
         beside(
             "Misses of a second-level cache",
             "Share of requests, on average over the traces of three real programs and three sizes.",
             &["store"],
-            &pick(&[
-                ("FIFO", "misses_fifo"),
-                ("LRU", "misses_lru"),
-                ("SIEVE", "misses_sieve"),
-                ("S3-FIFO", "misses_s3fifo"),
-                ("store", "misses_store"),
-            ]),
+            &pick(
+                figures,
+                &[
+                    ("FIFO", "misses_fifo"),
+                    ("LRU", "misses_lru"),
+                    ("SIEVE", "misses_sieve"),
+                    ("S3-FIFO", "misses_s3fifo"),
+                    ("store", "misses_store"),
+                ],
+            ),
         ),
     ]
 }

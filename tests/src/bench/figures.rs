@@ -57,6 +57,14 @@ pub struct Aim {
     pub target: Option<Target>,
 }
 
+pub(crate) const fn aim(name: &'static str, meaning: &'static str, target: Option<Target>) -> Aim {
+    Aim {
+        name,
+        meaning,
+        target,
+    }
+}
+
 /// Figures by name.
 #[derive(Clone, Debug, Default)]
 pub struct Figures(BTreeMap<String, f64>);

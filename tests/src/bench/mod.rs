@@ -7,7 +7,9 @@
 //! machines are noisy, and ratios are what can be trusted.
 
 pub mod chart;
+mod codec;
 pub mod corpus;
+pub mod device;
 pub mod figures;
 pub mod policies;
 pub mod rivals;

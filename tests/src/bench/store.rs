@@ -17,10 +17,10 @@ use cram_store::{
     Background, Backing, ObjectId, Pool, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store,
     StoreConfig,
 };
-use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
-use super::corpus::{PAGE_SIZE, Page};
-use super::figures::{Aim, Figures, Target};
+use super::codec::Codec;
+use super::corpus::Page;
+use super::figures::{Aim, Figures, Target, aim};
 
 /// The sections, in the order in which they are run.
 pub const SECTIONS: [&str; 6] = ["speed", "memory", "growth", "recover", "zstd", "evict"];
@@ -169,14 +169,6 @@ pub const AIMS: &[Aim] = &[
     aim("misses_fifo", "the same of a model of FIFO", None),
 ];
 
-const fn aim(name: &'static str, meaning: &'static str, target: Option<Target>) -> Aim {
-    Aim {
-        name,
-        meaning,
-        target,
-    }
-}
-
 /// Runs one section.
 ///
 /// # Errors
@@ -241,50 +233,29 @@ impl Filled {
     }
 }
 
-/// The codec alone.
-struct Codec {
-    table: CompressTable,
-    image: Vec<u8>,
-}
-
-impl Codec {
-    fn new() -> Self {
-        Self {
-            table: CompressTable::small(),
-            image: vec![0; get_maximum_output_size(PAGE_SIZE)],
-        }
-    }
-
-    /// Bytes of the page's image, or 4096 when it does not compress.
-    fn pack(&mut self, page: &Page) -> usize {
-        compress_into_with_table(page, &mut self.image, &mut self.table)
-            .map_or(PAGE_SIZE, |len| len.min(PAGE_SIZE))
-    }
-}
-
 /// Makes a page unlike any other by a number in its middle.
-fn stamp(page: &mut Page, number: u64) {
+pub(crate) fn stamp(page: &mut Page, number: u64) {
     if let Some(place) = page.get_mut(2048..2056) {
         place.copy_from_slice(&number.to_le_bytes());
     }
 }
 
 /// splitmix64: the same choices each time.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ mixed >> 31
     }
 
-    fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         usize::try_from(self.next() % limit.max(1) as u64).unwrap_or(0)
     }
 
-    fn shuffle<T>(&mut self, list: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, list: &mut [T]) {
         for at in (1..list.len()).rev() {
             let other = self.below(at + 1);
             list.swap(at, other);

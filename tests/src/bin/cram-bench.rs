@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use cram_tests::bench::chart;
-use cram_tests::bench::figures::Figures;
-use cram_tests::bench::store::{self, Extent};
+use cram_tests::bench::chart::{self, Panel};
+use cram_tests::bench::figures::{Aim, Figures};
+use cram_tests::bench::{device, store};
 
 #[derive(Parser)]
 #[command(name = "cram-bench", version)]
@@ -32,9 +32,14 @@ enum Subject {
         /// Only these sections, of: speed memory growth recover zstd evict
         sections: Vec<String>,
     },
+    /// The device, driven over a real socket and real rings
+    Device {
+        /// Only these sections, of: speed latency idle
+        sections: Vec<String>,
+    },
     /// One section, in this process; prints its figures
     #[command(hide = true)]
-    StoreSection { section: String },
+    Section { subject: String, section: String },
 }
 
 fn main() -> ExitCode {
@@ -48,58 +53,81 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let extent = if cli.quick {
-        Extent::QUICK
-    } else {
-        Extent::WHOLE
-    };
     match &cli.subject {
-        Subject::StoreSection { section } => {
-            print!("{}", store::run(section, extent)?.to_json());
+        Subject::Section { subject, section } => {
+            print!("{}", one_section(cli, subject, section)?.to_json());
             Ok(())
         }
-        Subject::Store { sections } => bench_store(cli, sections),
+        Subject::Store { sections } => {
+            let mut all = store::SECTIONS.to_vec();
+            // Part of the section on memory, but not of its process.
+            all.insert(2, "hash-map");
+            bench(cli, "store", sections, &all, store::AIMS, chart::store)
+        }
+        Subject::Device { sections } => bench(
+            cli,
+            "device",
+            sections,
+            &device::SECTIONS,
+            device::AIMS,
+            chart::device,
+        ),
     }
 }
 
-fn bench_store(cli: &Cli, sections: &[String]) -> Result<()> {
+fn one_section(cli: &Cli, subject: &str, section: &str) -> Result<Figures> {
+    match (subject, cli.quick) {
+        ("store", true) => store::run(section, store::Extent::QUICK),
+        ("store", false) => store::run(section, store::Extent::WHOLE),
+        ("device", true) => device::run(section, device::Extent::QUICK),
+        ("device", false) => device::run(section, device::Extent::WHOLE),
+        _ => bail!("there is nothing called {subject}"),
+    }
+}
+
+fn bench(
+    cli: &Cli,
+    subject: &str,
+    sections: &[String],
+    all: &[&str],
+    aims: &'static [Aim],
+    panels: fn(&Figures, &'static [Aim]) -> Vec<Panel>,
+) -> Result<()> {
     std::fs::create_dir_all(&cli.out)
         .with_context(|| format!("cannot make {}", cli.out.display()))?;
     let mut wanted: Vec<&str> = sections.iter().map(String::as_str).collect();
     if wanted.is_empty() {
-        wanted = store::SECTIONS.to_vec();
-        // Part of the section on memory, but not of its process.
-        wanted.insert(2, "hash-map");
+        wanted = all.to_vec();
     }
     let mut figures = Figures::default();
     for section in wanted {
         let began = Instant::now();
-        eprint!("  store: {section} …");
-        figures.extend(in_own_process(cli, section)?);
+        eprint!("  {subject}: {section} …");
+        figures.extend(in_own_process(cli, subject, section)?);
         eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
     }
-    figures.write(&cli.out.join("store.json"))?;
-    let picture = cli.out.join("store.svg");
-    let panels = chart::store(&figures, store::AIMS);
-    std::fs::write(&picture, chart::svg(&panels))
+    let json = cli.out.join(format!("{subject}.json"));
+    figures.write(&json)?;
+    let picture = cli.out.join(format!("{subject}.svg"));
+    std::fs::write(&picture, chart::svg(&panels(&figures, aims)))
         .with_context(|| format!("cannot write {}", picture.display()))?;
     println!(
-        "\nThe store{}:",
+        "\nThe {subject}{}:",
         if cli.quick { " (a quick look)" } else { "" }
     );
-    figures.print(store::AIMS);
+    figures.print(aims);
     println!(
         "\n  all figures: {}\n  picture:     {}",
-        cli.out.join("store.json").display(),
+        json.display(),
         picture.display()
     );
     Ok(())
 }
 
-fn in_own_process(cli: &Cli, section: &str) -> Result<Figures> {
+fn in_own_process(cli: &Cli, subject: &str, section: &str) -> Result<Figures> {
     let own: PathBuf = std::env::current_exe().context("where is this program?")?;
     let mut command = Command::new(own);
-    command.args(["store-section", section]);
+    command.args(["section", subject, section]);
     if cli.quick {
         command.arg("--quick");
     }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use cram_store::{GetResult, PutResult, Scratch};
-use lz4_flex::block::decompress_into;
 
-use super::{Codec, Extent, Filled, OBJECT, Random, background, stamp, store_of};
+use super::{Extent, Filled, OBJECT, Random, background, stamp, store_of};
+use crate::bench::codec::{Codec, Images};
 use crate::bench::corpus::{self, Kind, PAGE_SIZE, Page, Pages};
 use crate::bench::figures::{Figures, Turns};
 
@@ -44,20 +44,6 @@ fn timed(act: impl FnOnce()) -> Duration {
     began.elapsed()
 }
 
-/// Compresses every page.
-fn pack_all(pages: &[Page], codec: &mut Codec, is_cold: bool) {
-    let mut buffer = [0; PAGE_SIZE];
-    for page in pages {
-        if is_cold {
-            black_box(codec.pack(page));
-        } else {
-            buffer = *page;
-            black_box(codec.pack(black_box(&buffer)));
-        }
-    }
-    black_box(&buffer);
-}
-
 /// Puts every page. A refusal would be no speed.
 fn put_all(pages: &[Page], filled: &Filled, scratch: &mut Scratch, is_cold: bool) {
     let mut buffer = [0; PAGE_SIZE];
@@ -83,12 +69,12 @@ fn puts(pages: &[Page], extent: Extent, figures: &mut Figures) -> Result<()> {
     let turns = Turns::take_timed(
         extent.rounds,
         &mut [
-            &mut || timed(|| pack_all(pages, &mut codec, false)),
+            &mut || timed(|| codec.pack_all(pages, true)),
             &mut || {
                 let pages = fresh.next();
                 timed(|| put_all(pages, &filled, &mut scratch, false))
             },
-            &mut || timed(|| pack_all(pages, &mut cold_codec, true)),
+            &mut || timed(|| cold_codec.pack_all(pages, false)),
             &mut || {
                 let pages = cold.next();
                 timed(|| put_all(pages, &filled, &mut cold_scratch, true))
@@ -132,19 +118,7 @@ fn gets(pages: &[Page], extent: Extent, figures: &mut Figures) -> Result<()> {
     let filled = store_of(CAPACITY_BYTES, Some(background()))?;
     let mut scratch = Scratch::new();
     put_all(pages, &filled, &mut scratch, false);
-    // The codec's side: all images one behind the other.
-    let mut codec = Codec::new();
-    let (mut images, mut ends) = (Vec::new(), Vec::new());
-    for page in pages {
-        let len = codec.pack(page);
-        let image = if len < PAGE_SIZE {
-            &codec.image
-        } else {
-            &page[..]
-        };
-        images.extend_from_slice(image.get(..len).unwrap_or(image));
-        ends.push(images.len());
-    }
+    let images = Images::of(pages);
     let mut order: Vec<u32> = (0..u32::try_from(pages.len())?).collect();
     Random(5).shuffle(&mut order);
     let get_all = |indexes: &mut dyn Iterator<Item = u32>, scratch: &mut Scratch| {
@@ -155,28 +129,14 @@ fn gets(pages: &[Page], extent: Extent, figures: &mut Figures) -> Result<()> {
         }
         black_box(&page);
     };
-    let unpack_all = |indexes: &mut dyn Iterator<Item = u32>| {
-        let mut page = [0; PAGE_SIZE];
-        for index in indexes {
-            let at = index as usize;
-            let start = if at == 0 { 0 } else { ends[at - 1] };
-            let image = &images[start..ends[at]];
-            if image.len() == PAGE_SIZE {
-                page.copy_from_slice(image);
-            } else {
-                black_box(decompress_into(image, &mut page).is_ok());
-            }
-        }
-        black_box(&page);
-    };
     let mut other_scratch = Scratch::new();
     let all = || 0..u32::try_from(pages.len()).unwrap_or(0);
     let turns = Turns::take(
         extent.rounds,
         &mut [
-            &mut || unpack_all(&mut all()),
+            &mut || images.unpack_all(&mut all()),
             &mut || get_all(&mut all(), &mut scratch),
-            &mut || unpack_all(&mut order.iter().copied()),
+            &mut || images.unpack_all(&mut order.iter().copied()),
             &mut || get_all(&mut order.iter().copied(), &mut other_scratch),
         ],
     );
@@ -194,7 +154,7 @@ fn fills(pages: &[Page], extent: Extent, figures: &mut Figures) -> Result<()> {
     let turns = Turns::take_timed(
         extent.rounds.min(5),
         &mut [
-            &mut || timed(|| pack_all(pages, &mut codec, false)),
+            &mut || timed(|| codec.pack_all(pages, true)),
             &mut || match store_of(CAPACITY_BYTES, Some(background())) {
                 Ok(filled) => timed(|| put_all(pages, &filled, &mut scratch, false)),
                 Err(error) => {
@@ -267,13 +227,13 @@ fn codec_scaling(pages: &[Page], extent: Extent) -> f64 {
         &mut [
             &mut || {
                 let mut codec = Codec::new();
-                pack_all(first, &mut codec, false);
-                pack_all(second, &mut codec, false);
+                codec.pack_all(first, true);
+                codec.pack_all(second, true);
             },
             &mut || {
                 std::thread::scope(|scope| {
-                    scope.spawn(|| pack_all(first, &mut Codec::new(), false));
-                    scope.spawn(|| pack_all(second, &mut Codec::new(), false));
+                    scope.spawn(|| Codec::new().pack_all(first, true));
+                    scope.spawn(|| Codec::new().pack_all(second, true));
                 });
             },
         ],
@@ -289,7 +249,7 @@ fn of_kind(kind: &Pages, extent: Extent, figures: &mut Figures) -> Result<()> {
     let turns = Turns::take_timed(
         extent.rounds.min(5),
         &mut [
-            &mut || timed(|| pack_all(&kind.pages, &mut codec, false)),
+            &mut || timed(|| codec.pack_all(&kind.pages, true)),
             &mut || {
                 let pages = fresh.next();
                 timed(|| put_all(pages, &filled, &mut scratch, false))

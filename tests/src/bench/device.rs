@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device's benchmarks: the real daemon, over a real socket, with real rings in shared memory,
+//! driven at full speed by the front-end of the tests. Sections, as of the store's.
+
+mod idle;
+mod latency;
+mod rig;
+mod speed;
+
+use anyhow::{Result, bail};
+
+use super::figures::{Aim, Figures, Target, aim};
+
+/// The sections, in the order in which they are run.
+pub const SECTIONS: [&str; 3] = ["speed", "latency", "idle"];
+
+/// How thorough to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// Rounds of what is measured in turns.
+    pub rounds: usize,
+    /// Pages of each kind.
+    pub pages_of_a_kind: usize,
+    /// Requests whose time is taken one by one.
+    pub samples: usize,
+    /// Seconds to watch an idle device.
+    pub idle_s: u64,
+}
+
+impl Extent {
+    /// What the figures in the documentation are measured with.
+    pub const WHOLE: Extent = Extent {
+        rounds: 15,
+        pages_of_a_kind: 6000,
+        samples: 200_000,
+        idle_s: 30,
+    };
+    /// A look.
+    pub const QUICK: Extent = Extent {
+        rounds: 5,
+        pages_of_a_kind: 2000,
+        samples: 20_000,
+        idle_s: 5,
+    };
+}
+
+/// What the device's figures are, and what was aimed at.
+pub const AIMS: &[Aim] = &[
+    aim(
+        "put_vs_codec",
+        "puts through the device / raw lz4_flex, pages per second, one queue, batches of 32",
+        Some(Target::AtLeast(0.90)),
+    ),
+    aim(
+        "get_vs_codec",
+        "gets through the device / raw lz4_flex",
+        Some(Target::AtLeast(0.80)),
+    ),
+    aim("put_per_s", "pages put in a second", None),
+    aim("get_per_s", "pages got in a second", None),
+    aim(
+        "put_sleeping_vs_codec",
+        "puts with a driver and a device that sleep and wake each other",
+        None,
+    ),
+    aim("put_1_vs_codec", "puts in batches of one page", None),
+    aim(
+        "null_pages_per_s",
+        "pages in a second when the store refuses each: what the transport does",
+        None,
+    ),
+    aim(
+        "get_qd1_over_codec_us",
+        "one get at a time, polling: median beyond the raw decompression, in microseconds",
+        Some(Target::AtMost(3.0)),
+    ),
+    aim("get_qd1_p50_us", "one get at a time, polling: median", None),
+    aim("get_qd1_p99_us", "… of 99 in a hundred at the most", None),
+    aim("get_qd1_p999_us", "… of 999 in a thousand", None),
+    aim(
+        "get_qd1_sleeping_p50_us",
+        "one get at a time, both sides sleeping: median",
+        None,
+    ),
+    aim(
+        "get_qd1_sleeping_p99_us",
+        "… of 99 in a hundred at the most",
+        None,
+    ),
+    aim("put_qd1_p50_us", "one put at a time, polling: median", None),
+    aim(
+        "idle_cpu",
+        "share of a processor that a connected, idle guest costs",
+        Some(Target::AtMost(0.001)),
+    ),
+];
+
+/// Runs one section.
+///
+/// # Errors
+/// When something fails, or there is no such section.
+pub fn run(section: &str, extent: Extent) -> Result<Figures> {
+    match section {
+        "speed" => speed::run(extent),
+        "latency" => latency::run(extent),
+        "idle" => idle::run(extent),
+        _ => bail!(
+            "there is no section {section:?}; there are: {}",
+            SECTIONS.join(", ")
+        ),
+    }
+}
