@@ -2,7 +2,6 @@
 
 //! One split virtqueue, driven by hand.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -71,8 +70,9 @@ pub struct Ring {
     available: u64,
     used: u64,
     free: Vec<u16>,
-    /// Descriptors of each chain in flight, by its head.
-    chains: HashMap<u16, Vec<u16>>,
+    /// Descriptors of each chain in flight, by its head; the head alone is not listed.
+    chains: Vec<Option<Vec<u16>>>,
+    in_flight: usize,
     next_available: u16,
     announced: u16,
     last_used: u16,
@@ -102,7 +102,8 @@ impl Ring {
             available: memory.allocate(6 + 2 * size, 2)?,
             used: memory.allocate(6 + 8 * size, 4)?,
             free: (0..manner.size).rev().collect(),
-            chains: HashMap::new(),
+            chains: vec![None; size],
+            in_flight: 0,
             next_available: 0,
             announced: 0,
             last_used: 0,
@@ -173,7 +174,7 @@ impl Ring {
                 self.write_descriptor(chain[k], descriptor)?;
             }
             let head = chain[0];
-            self.chains.insert(head, chain);
+            self.remember(head, chain);
             head
         };
         self.make_available(head)?;
@@ -205,7 +206,7 @@ impl Ring {
             next: 0,
         };
         self.write_descriptor(head, descriptor)?;
-        self.chains.insert(head, vec![head]);
+        self.remember(head, Vec::new());
         self.make_available(head)?;
         Ok(head)
     }
@@ -217,6 +218,11 @@ impl Ring {
             flags: if piece.writable { WRITE } else { 0 } | if last { 0 } else { NEXT },
             next,
         }
+    }
+
+    fn remember(&mut self, head: u16, chain: Vec<u16>) {
+        self.chains[usize::from(head)] = Some(chain);
+        self.in_flight += 1;
     }
 
     fn take_descriptor(&mut self) -> Result<u16> {
@@ -240,7 +246,7 @@ impl Ring {
     /// When there is none.
     pub fn reserve_head(&mut self) -> Result<u16> {
         let head = self.take_descriptor()?;
-        self.chains.insert(head, vec![head]);
+        self.remember(head, Vec::new());
         Ok(head)
     }
 
@@ -329,7 +335,7 @@ impl Ring {
     /// Number of chains that were made available and are not completed.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.chains.len()
+        self.in_flight
     }
 
     /// The next completed chain, if there is one: its head, and the used length.
@@ -351,8 +357,15 @@ impl Ring {
             u32::from_le_bytes(word)
         };
         let head = u16::try_from(word(0)).context("the device completed an absurd chain")?;
-        let chain = self.chains.remove(&head);
+        let chain = self
+            .chains
+            .get_mut(usize::from(head))
+            .and_then(Option::take);
         let chain = chain.with_context(|| format!("chain {head} completed, not in flight"))?;
+        self.in_flight -= 1;
+        if chain.is_empty() {
+            self.free.push(head);
+        }
         self.free.extend(chain);
         self.last_used = self.last_used.wrapping_add(1);
         self.want_interrupt()?;
@@ -371,10 +384,7 @@ impl Ring {
                 return Ok(used);
             }
             let Some(left) = until.checked_duration_since(Instant::now()) else {
-                bail!(
-                    "no completion in {limit:?}, {} in flight",
-                    self.chains.len()
-                );
+                bail!("no completion in {limit:?}, {} in flight", self.in_flight);
             };
             self.wait_interrupt(left)?;
         }

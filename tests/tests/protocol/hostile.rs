@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use cram_abi::wire::{PAGE_SIZE, RESPONSE_SIZE, pool_flag, result};
 use cram_tests::frontend::{
-    Descriptor, Guest, Options, PATIENCE, Piece, Request, TestDaemon, page,
+    Ask, Descriptor, Guest, Options, PATIENCE, Piece, Request, TestDaemon, Wait, page,
 };
 use serde_json::json;
 
@@ -103,6 +103,63 @@ fn memory_that_is_taken_away_stops_the_queue_that_touches_it() -> Result<()> {
     drop(guest);
     let mut guest = daemon.connect(0)?;
     assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
+    daemon.check_store()
+}
+
+#[test]
+fn pages_that_change_while_they_are_put_are_stored_as_they_were_at_some_moment() -> Result<()> {
+    const PAGES: u32 = 64;
+    let daemon = TestDaemon::start(1, CAPACITY)?;
+    let mut guest = daemon.connect(0)?;
+    guest.new_pool(0, pool_flag::PERSISTENT)?;
+    let memory = guest.memory.clone();
+    let from = memory.allocate(PAGES as usize * PAGE_SIZE, 4096)?;
+    let to = memory.allocate(PAGES as usize * PAGE_SIZE, 4096)?;
+    let place = |base: u64, k: u32| base + u64::from(k) * PAGE_SIZE as u64;
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let mut changes = 0u64;
+    std::thread::scope(|scope| -> Result<()> {
+        let changing = scope.spawn(|| -> Result<u64> {
+            let (mut random, mut changes) = (Random(7), 0);
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                // Words of pages, now filled, now not; and whole pages.
+                let page_at = place(from, u32::try_from(random.below(u64::from(PAGES)))?);
+                let word = random.next() >> (random.below(4) * 16);
+                memory.write(page_at + random.below(512) * 8, &word.to_le_bytes())?;
+                if changes % 64 == 0 {
+                    memory.write(page_at, &word.to_le_bytes().repeat(512))?;
+                }
+                changes += 1;
+            }
+            Ok(changes)
+        });
+        let mut driving = || -> Result<()> {
+            let mut flow = guest.flow(1, 0, 2, PAGES as usize, Wait::Sleep)?;
+            for _ in 0..400 {
+                for (ask, base) in [(Ask::Put, from), (Ask::Get, to)] {
+                    let mut left = Some((0..PAGES).map(|k| (k, place(base, k))));
+                    let good = flow.drive(ask, |pages| {
+                        pages.extend(left.take().into_iter().flatten());
+                        !pages.is_empty()
+                    })?;
+                    // Had anything been read twice, checksums would not agree.
+                    assert_eq!(good, u64::from(PAGES), "{ask:?}");
+                }
+            }
+            Ok(())
+        };
+        let driven = driving();
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        changes = changing
+            .join()
+            .map_err(|_| anyhow::anyhow!("it panicked"))??;
+        driven
+    })?;
+    assert!(changes > 1000, "{changes} changes only");
+    assert_eq!(
+        daemon.call("stats", json!({}))?["store"]["gets_corrupt"],
+        json!(0)
+    );
     daemon.check_store()
 }
 
