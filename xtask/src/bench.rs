@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::cache::Cache;
+use crate::parts::{Builder, SourceArgs};
 use crate::{system, workspace};
 
 /// Options of `cargo xtask bench`.
@@ -20,7 +21,7 @@ pub struct BenchArgs {
     subject: Subject,
     /// Only these sections of it; an unknown name lists those that there are
     sections: Vec<String>,
-    /// A look, in a minute or two: fewer pages and rounds
+    /// A look: fewer pages and rounds (the store: two minutes; guests: ten)
     #[arg(long)]
     quick: bool,
 }
@@ -30,20 +31,30 @@ pub struct BenchArgs {
 enum Subject {
     /// The store by itself
     Store,
+    /// Whole guests, and what else they could swap to
+    Guest,
 }
 
 /// Runs `cargo xtask bench`.
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub fn run(args: &BenchArgs, sources: SourceArgs) -> Result<()> {
     let cache = Cache::open()?;
     system::prepare(&cache)?;
     let root = workspace::root()?;
     let program = workspace::build_bench(&root, &cache)?;
-    let name = match args.subject {
-        Subject::Store => "store",
-    };
     let mut command = Command::new(program);
+    match args.subject {
+        Subject::Store => {
+            command.arg("store");
+        }
+        Subject::Guest => {
+            let builder = Builder::open(sources)?;
+            builder.artifacts_for_bench()?;
+            command
+                .arg("guest")
+                .env("CRAM_ARTIFACTS", builder.artifacts_path());
+        }
+    }
     command
-        .arg(name)
         .args(&args.sections)
         .arg("--out")
         .arg(workspace::target_dir(&root).join("bench"));

@@ -9,6 +9,7 @@
 pub mod chart;
 pub mod corpus;
 pub mod figures;
+pub mod guest;
 pub mod policies;
 pub mod rivals;
 pub mod store;

@@ -9,8 +9,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use cram_tests::bench::chart;
-use cram_tests::bench::figures::Figures;
+use cram_tests::bench::figures::{Aim, Figures};
+use cram_tests::bench::guest;
 use cram_tests::bench::store::{self, Extent};
+use cram_tests::guest::Artifacts;
 
 #[derive(Parser)]
 #[command(name = "cram-bench", version)]
@@ -30,6 +32,11 @@ enum Subject {
     /// The store by itself
     Store {
         /// Only these sections, of: speed memory growth recover zstd evict
+        sections: Vec<String>,
+    },
+    /// Whole guests, and what else they could swap to
+    Guest {
+        /// Only these sections, of: instructions wall tight idle profile
         sections: Vec<String>,
     },
     /// One section, in this process; prints its figures
@@ -59,6 +66,7 @@ fn run(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Subject::Store { sections } => bench_store(cli, sections),
+        Subject::Guest { sections } => bench_guest(cli, sections),
     }
 }
 
@@ -78,19 +86,64 @@ fn bench_store(cli: &Cli, sections: &[String]) -> Result<()> {
         figures.extend(in_own_process(cli, section)?);
         eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
     }
-    figures.write(&cli.out.join("store.json"))?;
-    let picture = cli.out.join("store.svg");
     let panels = chart::store(&figures, store::AIMS);
-    std::fs::write(&picture, chart::svg(&panels))
+    report(cli, "store", &figures, store::AIMS, &panels)
+}
+
+fn bench_guest(cli: &Cli, sections: &[String]) -> Result<()> {
+    std::fs::create_dir_all(&cli.out)
+        .with_context(|| format!("cannot make {}", cli.out.display()))?;
+    let artifacts =
+        Artifacts::from_env()?.context("no guest was built: run cargo xtask bench guest")?;
+    let bench = guest::Bench {
+        artifacts: &artifacts,
+        extent: if cli.quick {
+            guest::Extent::QUICK
+        } else {
+            guest::Extent::WHOLE
+        },
+        out: &cli.out,
+    };
+    let mut wanted: Vec<&str> = sections.iter().map(String::as_str).collect();
+    if wanted.is_empty() {
+        wanted = guest::SECTIONS.to_vec();
+    }
+    let mut figures = Figures::default();
+    for section in wanted {
+        eprintln!("  guest: {section}");
+        figures.extend(bench.section(section)?);
+    }
+    eprintln!(
+        "  seconds are of guests under {}",
+        bench.accelerator().name()
+    );
+    let panels = chart::guest(&figures, guest::AIMS);
+    report(cli, "guest", &figures, guest::AIMS, &panels)
+}
+
+/// Writes the figures and their picture, and shows those that were aimed at something.
+fn report(
+    cli: &Cli,
+    name: &str,
+    figures: &Figures,
+    aims: &[Aim],
+    panels: &[chart::Panel],
+) -> Result<()> {
+    let (list, picture) = (
+        cli.out.join(format!("{name}.json")),
+        cli.out.join(format!("{name}.svg")),
+    );
+    figures.write(&list)?;
+    std::fs::write(&picture, chart::svg(panels))
         .with_context(|| format!("cannot write {}", picture.display()))?;
     println!(
-        "\nThe store{}:",
+        "\nThe {name}{}:",
         if cli.quick { " (a quick look)" } else { "" }
     );
-    figures.print(store::AIMS);
+    figures.print(aims);
     println!(
         "\n  all figures: {}\n  picture:     {}",
-        cli.out.join("store.json").display(),
+        list.display(),
         picture.display()
     );
     Ok(())
