@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::cache::Cache;
+use crate::parts::{Builder, SourceArgs};
 use crate::{system, workspace};
 
 /// Options of `cargo xtask bench`.
@@ -20,7 +21,7 @@ pub struct BenchArgs {
     subject: Option<Subject>,
     /// Only these sections of it; an unknown name lists those that there are
     sections: Vec<String>,
-    /// A look, in a minute or two: fewer pages and rounds
+    /// A look: fewer pages and rounds (the store: two minutes; guests: ten)
     #[arg(long)]
     quick: bool,
 }
@@ -32,6 +33,8 @@ enum Subject {
     Store,
     /// The device, driven over a real socket and real rings
     Device,
+    /// Whole guests, and what else they could swap to
+    Guest,
 }
 
 impl Subject {
@@ -39,12 +42,13 @@ impl Subject {
         match self {
             Self::Store => "store",
             Self::Device => "device",
+            Self::Guest => "guest",
         }
     }
 }
 
 /// Runs `cargo xtask bench`.
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub fn run(args: &BenchArgs, sources: SourceArgs) -> Result<()> {
     let cache = Cache::open()?;
     system::prepare(&cache)?;
     let root = workspace::root()?;
@@ -55,6 +59,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     };
     for subject in all {
         let mut command = Command::new(&program);
+        if matches!(subject, Subject::Guest) {
+            let builder = Builder::open(sources.clone())?;
+            builder.artifacts_for_bench()?;
+            command.env("CRAM_ARTIFACTS", builder.artifacts_path());
+        }
         command
             .arg(subject.name())
             .args(&args.sections)

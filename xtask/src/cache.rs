@@ -47,6 +47,8 @@ pub enum Part {
     Module,
     /// QEMU with our patches
     Qemu,
+    /// The plugin with which QEMU counts instructions
+    Plugin,
     /// The firmware files that QEMU loads
     Firmware,
     /// The guest's root image
@@ -59,7 +61,7 @@ pub enum Part {
 
 impl Part {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Downloads,
         Self::Bindgen,
         Self::KernelBase,
@@ -68,6 +70,7 @@ impl Part {
         Self::KernelDebug,
         Self::Module,
         Self::Qemu,
+        Self::Plugin,
         Self::Firmware,
         Self::Image,
         Self::Corpus,
@@ -85,6 +88,7 @@ impl Part {
             Self::KernelDebug => "kernel-debug",
             Self::Module => "module",
             Self::Qemu => "qemu",
+            Self::Plugin => "plugin",
             Self::Firmware => "firmware",
             Self::Image => "image",
             Self::Corpus => "corpus",

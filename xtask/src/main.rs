@@ -74,7 +74,7 @@ enum Subject {
     ///
     /// The figures go to target/bench as JSON, and a picture beside it. Leave the machine alone
     /// while it runs.
-    Bench(bench::BenchArgs),
+    Bench(Building<bench::BenchArgs>),
     /// Feeds the parts that face guests, clients and files with inputs that a fuzzer makes
     ///
     /// Stops at the first one that makes a target fail, and keeps it.
@@ -114,7 +114,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             demo::run(args.own, &artifacts)?;
         }
         Subject::Test(args) => return suite::run(args.own, args.sources),
-        Subject::Bench(args) => bench::run(&args)?,
+        Subject::Bench(args) => bench::run(&args.own, args.sources)?,
         Subject::Fuzz(args) => fuzz::run(&args)?,
         Subject::Run(args) => return play::run(&args.own, args.sources),
         Subject::Build(args) => parts::build(&args.own, args.sources)?,

@@ -44,6 +44,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("zlib1g-dev", "QEMU"),
     ("e2fsprogs", "the image"),
     ("strace", "benchmarks"),
+    ("qemu-utils", "benchmarks"),
 ];
 
 /// Needed when the user's own Rust has no library sources.

@@ -42,6 +42,8 @@ pub fn aimed_at(title: &str, figures: &Figures, aims: &[Aim]) -> Panel {
     const PLACE: f64 = 0.6;
     let rows = aims.iter().filter_map(|aim| {
         let (value, target) = (figures.get(aim.name)?, aim.target?);
+        // Nothing is a share of nothing.
+        let target = Some(target).filter(|target| target.bound() != 0.0)?;
         let share = (value / target.bound() * PLACE).clamp(0.0, 1.0);
         Some(Row {
             label: aim.name.to_owned(),
@@ -249,6 +251,47 @@ pub fn store(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
                     ("store", "misses_store"),
                 ],
             ),
+        ),
+    ]
+}
+
+/// The guests' picture.
+#[must_use]
+pub fn guest(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
+    // What a figure of each way to swap is called in the picture.
+    const LABELS: [(&str, &str); 6] = [
+        ("zram", "zram, lz4"),
+        ("zswap", "zswap, lz4"),
+        ("disk", "virtio-blk disk"),
+        ("vhost_user_blk", "RAM disk over vhost-user-blk"),
+        ("cram", "cram"),
+        ("mthp", "cram, folios of 64 KiB"),
+    ];
+    let pick = |of: &str| -> Vec<(&'static str, f64)> {
+        LABELS
+            .iter()
+            .filter_map(|(case, label)| {
+                let value = figures.get(&format!("{of}_{case}"));
+                // Our own device's figure may be the one without a further name.
+                let bare = (*case == "cram").then(|| figures.get(of)).flatten();
+                Some((*label, value.or(bare)?))
+            })
+            .collect()
+    };
+    let ours = ["cram", "cram, folios of 64 KiB"];
+    vec![
+        aimed_at("Guests: what was aimed at", figures, aims),
+        beside(
+            "Instructions of the guest for a page moved",
+            "What a load takes in a guest that swaps, less what it takes in one with room.",
+            &ours,
+            &pick("guest_insn_per_page"),
+        ),
+        beside(
+            "Seconds for the load",
+            "By the host's clock; in emulation unless KVM is there.",
+            &ours,
+            &pick("guest_wall_s"),
         ),
     ]
 }

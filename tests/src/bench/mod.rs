@@ -11,6 +11,7 @@ mod codec;
 pub mod corpus;
 pub mod device;
 pub mod figures;
+pub mod guest;
 pub mod policies;
 pub mod rivals;
 pub mod store;

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use cram_tests::bench::chart::{self, Panel};
 use cram_tests::bench::figures::{Aim, Figures};
-use cram_tests::bench::{device, store};
+use cram_tests::bench::{device, guest, store};
+use cram_tests::guest::Artifacts;
 
 #[derive(Parser)]
 #[command(name = "cram-bench", version)]
@@ -35,6 +36,11 @@ enum Subject {
     /// The device, driven over a real socket and real rings
     Device {
         /// Only these sections, of: speed latency idle
+        sections: Vec<String>,
+    },
+    /// Whole guests, and what else they could swap to
+    Guest {
+        /// Only these sections, of: instructions wall tight idle profile
         sections: Vec<String>,
     },
     /// One section, in this process; prints its figures
@@ -72,6 +78,7 @@ fn run(cli: &Cli) -> Result<()> {
             device::AIMS,
             chart::device,
         ),
+        Subject::Guest { sections } => bench_guest(cli, sections),
     }
 }
 
@@ -106,19 +113,63 @@ fn bench(
         figures.extend(in_own_process(cli, subject, section)?);
         eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
     }
-    let json = cli.out.join(format!("{subject}.json"));
-    figures.write(&json)?;
-    let picture = cli.out.join(format!("{subject}.svg"));
-    std::fs::write(&picture, chart::svg(&panels(&figures, aims)))
+    report(cli, subject, &figures, aims, &panels(&figures, aims))
+}
+
+fn bench_guest(cli: &Cli, sections: &[String]) -> Result<()> {
+    std::fs::create_dir_all(&cli.out)
+        .with_context(|| format!("cannot make {}", cli.out.display()))?;
+    let artifacts =
+        Artifacts::from_env()?.context("no guest was built: run cargo xtask bench guest")?;
+    let bench = guest::Bench {
+        artifacts: &artifacts,
+        extent: if cli.quick {
+            guest::Extent::QUICK
+        } else {
+            guest::Extent::WHOLE
+        },
+        out: &cli.out,
+    };
+    let mut wanted: Vec<&str> = sections.iter().map(String::as_str).collect();
+    if wanted.is_empty() {
+        wanted = guest::SECTIONS.to_vec();
+    }
+    let mut figures = Figures::default();
+    for section in wanted {
+        eprintln!("  guest: {section}");
+        figures.extend(bench.section(section)?);
+    }
+    eprintln!(
+        "  seconds are of guests under {}",
+        bench.accelerator().name()
+    );
+    let panels = chart::guest(&figures, guest::AIMS);
+    report(cli, "guest", &figures, guest::AIMS, &panels)
+}
+
+/// Writes the figures and their picture, and shows those that were aimed at something.
+fn report(
+    cli: &Cli,
+    name: &str,
+    figures: &Figures,
+    aims: &[Aim],
+    panels: &[chart::Panel],
+) -> Result<()> {
+    let (list, picture) = (
+        cli.out.join(format!("{name}.json")),
+        cli.out.join(format!("{name}.svg")),
+    );
+    figures.write(&list)?;
+    std::fs::write(&picture, chart::svg(panels))
         .with_context(|| format!("cannot write {}", picture.display()))?;
     println!(
-        "\nThe {subject}{}:",
+        "\nThe {name}{}:",
         if cli.quick { " (a quick look)" } else { "" }
     );
     figures.print(aims);
     println!(
         "\n  all figures: {}\n  picture:     {}",
-        json.display(),
+        list.display(),
         picture.display()
     );
     Ok(())

@@ -30,6 +30,9 @@ pub struct Artifacts {
     pub cramctl: PathBuf,
     /// QEMU's own test of the device, when it was built.
     pub qtest: Option<PathBuf>,
+    /// The plugin with which QEMU counts instructions, when benchmarks are to run.
+    #[serde(default)]
+    pub plugin: Option<PathBuf>,
 }
 
 /// The environment variable that names the file with the artifacts.

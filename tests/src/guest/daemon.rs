@@ -177,6 +177,24 @@ impl Daemon {
         &self.control_socket
     }
 
+    /// Processor time that the daemon's threads have used.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn cpu_time(&mut self) -> Result<Duration> {
+        let process = self.process_mut()?;
+        process.expect_running()?;
+        let mut total_ns = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", process.pid()))? {
+            // A thread may end meanwhile.
+            let text = std::fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
+            let first = text.split_whitespace().next();
+            total_ns += first.and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(Duration::from_nanos(total_ns))
+    }
+
     /// Memory of the daemon that is in RAM, in bytes; 0 while it does not run.
     ///
     /// The guests' own memory, which the daemon maps, is theirs and not counted.

@@ -16,6 +16,7 @@ use super::accelerator::Accelerator;
 use super::agent::Agent;
 use super::artifacts::Artifacts;
 use super::console::Console;
+use super::counter::{self, Counter, Counting};
 use super::process::Process;
 use super::qmp::Qmp;
 
@@ -52,6 +53,10 @@ pub struct GuestOptions {
     pub cpus: u32,
     /// Size of the swap disk beneath.
     pub swap_mib: u64,
+    /// Sockets of vhost-user-blk exports, which become /dev/vdd and so on.
+    pub disk_sockets: Vec<PathBuf>,
+    /// Whether and how instructions are counted; it takes the emulator to do that.
+    pub counting: Option<Counting>,
     /// Which kernel and image.
     pub kernel: Kernel,
     /// More words of the kernel's command line.
@@ -70,6 +75,8 @@ impl Default for GuestOptions {
             memory_mib: 256,
             cpus: 2,
             swap_mib: 1024,
+            disk_sockets: Vec::new(),
+            counting: None,
             kernel: Kernel::Plain,
             words: Vec::new(),
             reboots: false,
@@ -81,6 +88,7 @@ impl Default for GuestOptions {
 struct Lines {
     agent: Agent,
     qmp: Mutex<Qmp>,
+    counter: Option<Counter>,
 }
 
 /// A guest. Dropping it kills its QEMU.
@@ -92,6 +100,7 @@ pub struct Guest {
     process: Mutex<Process>,
     agent_listener: UnixListener,
     qmp_listener: UnixListener,
+    counter_listener: Option<UnixListener>,
     lines: Option<Lines>,
     /// Bytes written to the swap disk before it was used as one.
     pub(super) written_before_swap: Mutex<u64>,
@@ -116,7 +125,10 @@ impl Guest {
     ///
     /// When QEMU cannot be started.
     pub fn launch(artifacts: &Artifacts, folder: &Path, options: GuestOptions) -> Result<Self> {
-        let accelerator = Accelerator::detect(artifacts);
+        let accelerator = match options.counting {
+            Some(_) => Accelerator::Tcg,
+            None => Accelerator::detect(artifacts),
+        };
         let files = Files::new(folder, &options.name);
         File::create(&files.swap)?.set_len(options.swap_mib << 20)?;
         File::create(&files.console)?;
@@ -131,6 +143,7 @@ impl Guest {
         add_system(&mut command, artifacts, &files, &options)?;
         add_lines(&mut command, &files);
         add_devices(&mut command, &options);
+        let counter_listener = add_counter(&mut command, artifacts, &files, &options)?;
         log::debug!("{command:?}");
         let process = Process::start("QEMU", command, &files.log)?;
         Ok(Self {
@@ -141,6 +154,7 @@ impl Guest {
             process: Mutex::new(process),
             agent_listener,
             qmp_listener,
+            counter_listener,
             lines: None,
             written_before_swap: Mutex::new(0),
         })
@@ -154,9 +168,14 @@ impl Guest {
     pub fn connect(&mut self) -> Result<()> {
         let agent = self.accept(&self.agent_listener)?;
         let qmp = self.accept(&self.qmp_listener)?;
+        let counter = match &self.counter_listener {
+            Some(listener) => Some(Counter::new(self.accept(listener)?)?),
+            None => None,
+        };
         self.lines = Some(Lines {
             agent: Agent::new(agent)?,
             qmp: Mutex::new(Qmp::new(qmp)?),
+            counter,
         });
         Ok(())
     }
@@ -219,6 +238,17 @@ impl Guest {
     pub fn qmp(&self) -> Result<MutexGuard<'_, Qmp>> {
         let lines = self.lines.as_ref().context("the guest is not connected")?;
         Ok(lines.qmp.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What counts the guest's instructions.
+    ///
+    /// # Errors
+    ///
+    /// When they are not counted, or before [`Guest::connect`].
+    pub fn counter(&self) -> Result<&Counter> {
+        let lines = self.lines.as_ref().context("the guest is not connected")?;
+        let counter = lines.counter.as_ref();
+        counter.context("the guest's instructions are not counted")
     }
 
     /// What the kernel printed.
@@ -300,6 +330,7 @@ struct Files {
     log: PathBuf,
     agent: PathBuf,
     qmp: PathBuf,
+    counter: PathBuf,
 }
 
 impl Files {
@@ -311,6 +342,7 @@ impl Files {
             log: path("qemu.log"),
             agent: path("agent.sock"),
             qmp: path("qmp.sock"),
+            counter: path("counter.sock"),
         }
     }
 }
@@ -403,6 +435,35 @@ fn add_devices(command: &mut Command, options: &GuestOptions) {
         }
         command.args(["-device", &device]);
     }
+    for (number, socket) in options.disk_sockets.iter().enumerate() {
+        let path = comma_escaped(socket);
+        command
+            .args([
+                "-chardev",
+                &format!("socket,id=diskchr{number},path={path}"),
+            ])
+            .args([
+                "-device",
+                &format!("vhost-user-blk-pci,chardev=diskchr{number},num-queues=1"),
+            ]);
+    }
+}
+
+fn add_counter(
+    command: &mut Command,
+    artifacts: &Artifacts,
+    files: &Files,
+    options: &GuestOptions,
+) -> Result<Option<UnixListener>> {
+    let Some(counting) = options.counting else {
+        return Ok(None);
+    };
+    let plugin = artifacts.plugin.as_ref();
+    let plugin = plugin.context("the counting plugin was not built")?;
+    let listener = listen(&files.counter)?;
+    let argument = counter::argument(plugin, &files.counter, counting);
+    command.args(["-plugin", &argument]);
+    Ok(Some(listener))
 }
 
 fn command_line(options: &GuestOptions) -> String {

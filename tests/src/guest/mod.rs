@@ -10,6 +10,7 @@
 //! - [`Daemon`] is a running `vhost-device-cram`, which may be killed and started again.
 //! - [`Guest`] is a running QEMU; [`Agent`] speaks with the program inside,
 //!   [`Qmp`] with QEMU, [`Console`] reads what the kernel says.
+//! - [`Counter`] counts what a guest executes; [`RamDisk`] is something else to swap to.
 //! - [`Hold`] and [`Guest::load`] put real data into the guest's memory and verify it.
 //!
 //! Nothing here needs the daemon's own code: it is run as a user runs it.
@@ -19,10 +20,12 @@ mod agent;
 mod artifacts;
 mod console;
 mod control;
+mod counter;
 mod daemon;
 mod machine;
 mod process;
 mod qmp;
+mod ram_disk;
 mod readings;
 mod stage;
 mod verify;
@@ -32,9 +35,11 @@ pub use agent::{Agent, Finished, JobEvent, JobId};
 pub use artifacts::Artifacts;
 pub use console::Console;
 pub use control::{Control, DaemonReading};
+pub use counter::{Counter, Counting};
 pub use daemon::{Daemon, DaemonOptions};
 pub use machine::{Guest, GuestOptions, Kernel};
 pub use qmp::Qmp;
+pub use ram_disk::RamDisk;
 pub use readings::{GuestReading, Named};
 pub use stage::{Failed, Stage, seed_from_env, wait_until};
 pub use verify::{Answer, Hold, LoadEvent, LoadOptions, LoadReport, LoadRun, corpus_sum};

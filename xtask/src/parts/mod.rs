@@ -6,6 +6,7 @@ pub mod corpus;
 pub mod debian;
 pub mod image;
 pub mod kernel;
+pub mod plugin;
 pub mod qemu;
 pub mod sources;
 pub mod toolchain;
@@ -164,11 +165,24 @@ impl Builder {
             daemon: programs.daemon.clone(),
             cramctl: programs.cramctl.clone(),
             qtest: qemu.qtest,
+            plugin: None,
         };
         if with_debug {
             artifacts.image_debug = Some(self.image(Flavour::Debug)?);
             artifacts.kernel_debug = Some(self.kernel(Flavour::Debug)?.vmlinux());
         }
+        write_artifacts(&self.artifacts_path(), &artifacts)?;
+        Ok(artifacts)
+    }
+
+    /// Everything that a guest needs whose instructions are counted.
+    pub fn artifacts_for_bench(&self) -> Result<Artifacts> {
+        let source = sources::qemu(&self.cache, self.sources.qemu_source.as_deref())?;
+        let plugin = plugin::build(&self.cache, &self.root, &source)?;
+        let artifacts = Artifacts {
+            plugin: Some(plugin),
+            ..self.artifacts(false)?
+        };
         write_artifacts(&self.artifacts_path(), &artifacts)?;
         Ok(artifacts)
     }
