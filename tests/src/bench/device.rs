@@ -3,6 +3,7 @@
 //! The device's benchmarks: the real daemon, over a real socket, with real rings in shared memory,
 //! driven at full speed by the front-end of the tests. Sections, as of the store's.
 
+mod block;
 mod idle;
 mod latency;
 mod rig;
@@ -13,7 +14,7 @@ use anyhow::{Result, bail};
 use super::figures::{Aim, Figures, Target, aim};
 
 /// The sections, in the order in which they are run.
-pub const SECTIONS: [&str; 3] = ["speed", "latency", "idle"];
+pub const SECTIONS: [&str; 4] = ["speed", "blk", "latency", "idle"];
 
 /// How thorough to be.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,28 @@ pub const AIMS: &[Aim] = &[
         None,
     ),
     aim(
+        "blk_write_pages_per_s",
+        "pages written in a second to a RAM disk of qemu-storage-daemon by vhost-user-blk",
+        None,
+    ),
+    aim("blk_read_pages_per_s", "… read", None),
+    aim(
+        "vs_vhost_user_blk",
+        "our transport / that one, requests of a page each there",
+        Some(Target::AtLeast(1.0)),
+    ),
+    aim(
+        "vs_vhost_user_blk_merged",
+        "… with 32 neighbouring pages in each request there",
+        None,
+    ),
+    aim(
+        "put_vs_blk_write",
+        "pages put, compressed / pages written there, as they are",
+        None,
+    ),
+    aim("get_vs_blk_read", "pages got / pages read there", None),
+    aim(
         "get_qd1_over_codec_us",
         "one get at a time, polling: median beyond the raw decompression, in microseconds",
         Some(Target::AtMost(3.0)),
@@ -96,6 +119,31 @@ pub const AIMS: &[Aim] = &[
     ),
 ];
 
+/// Figures that come from several sections, as far as they were run.
+pub fn combine(figures: &mut Figures) {
+    let over = |figures: &Figures, ours: &str, theirs: &str| {
+        Some(figures.get(ours)? / figures.get(theirs)?)
+    };
+    for (name, ours, theirs) in [
+        (
+            "vs_vhost_user_blk",
+            "null_pages_per_s",
+            "blk_write_pages_per_s",
+        ),
+        (
+            "vs_vhost_user_blk_merged",
+            "null_pages_per_s",
+            "blk_merged_write_pages_per_s",
+        ),
+        ("get_vs_blk_read", "get_per_s", "blk_read_pages_per_s"),
+        ("put_vs_blk_write", "put_per_s", "blk_write_pages_per_s"),
+    ] {
+        if let Some(ratio) = over(figures, ours, theirs) {
+            figures.set(name, ratio);
+        }
+    }
+}
+
 /// Runs one section.
 ///
 /// # Errors
@@ -103,6 +151,7 @@ pub const AIMS: &[Aim] = &[
 pub fn run(section: &str, extent: Extent) -> Result<Figures> {
     match section {
         "speed" => speed::run(extent),
+        "blk" => block::run(extent),
         "latency" => latency::run(extent),
         "idle" => idle::run(extent),
         _ => bail!(

@@ -35,7 +35,7 @@ enum Subject {
     },
     /// The device, driven over a real socket and real rings
     Device {
-        /// Only these sections, of: speed latency idle
+        /// Only these sections, of: speed blk latency idle
         sections: Vec<String>,
     },
     /// Whole guests, and what else they could swap to
@@ -112,6 +112,9 @@ fn bench(
         eprint!("  {subject}: {section} …");
         figures.extend(in_own_process(cli, subject, section)?);
         eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
+    }
+    if subject == "device" {
+        device::combine(&mut figures);
     }
     report(cli, subject, &figures, aims, &panels(&figures, aims))
 }

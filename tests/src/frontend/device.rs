@@ -26,9 +26,9 @@ use super::request::Request;
 use super::ring::{Manner, Piece, Ring};
 use super::{PATIENCE, page};
 
-const VERSION_1: u64 = 1 << 32;
-const EVENT_IDX: u64 = 1 << 29;
-const INDIRECT_DESC: u64 = 1 << 28;
+pub(super) const VERSION_1: u64 = 1 << 32;
+pub(super) const EVENT_IDX: u64 = 1 << 29;
+pub(super) const INDIRECT_DESC: u64 = 1 << 28;
 
 /// How a guest connects.
 #[derive(Clone, Copy, Debug)]
@@ -115,6 +115,27 @@ impl Answer {
             .ok()
             .context("no limits behind the response")
     }
+}
+
+/// Tells a back-end of a ring, and has it begin where the ring is.
+pub(super) fn start_ring(frontend: &mut Frontend, index: usize, ring: &Ring) -> Result<()> {
+    let (descriptors, available, used) = ring.addresses();
+    frontend.set_vring_num(index, ring.size())?;
+    let config = VringConfigData {
+        queue_max_size: ring.size(),
+        queue_size: ring.size(),
+        flags: 0,
+        desc_table_addr: Memory::user_address(descriptors),
+        used_ring_addr: Memory::user_address(used),
+        avail_ring_addr: Memory::user_address(available),
+        log_addr: None,
+    };
+    frontend.set_vring_addr(index, &config)?;
+    frontend.set_vring_base(index, ring.base()?)?;
+    let (kick, call) = ring.notifiers();
+    frontend.set_vring_call(index, call)?;
+    frontend.set_vring_kick(index, kick)?;
+    Ok(frontend.set_vring_enable(index, true)?)
 }
 
 /// A guest, connected. Dropping it disconnects.
@@ -212,24 +233,7 @@ impl Guest {
     }
 
     fn start_queue(&mut self, index: usize) -> Result<()> {
-        let ring = &self.rings[index];
-        let (descriptors, available, used) = ring.addresses();
-        self.frontend.set_vring_num(index, ring.size())?;
-        let config = VringConfigData {
-            queue_max_size: ring.size(),
-            queue_size: ring.size(),
-            flags: 0,
-            desc_table_addr: Memory::user_address(descriptors),
-            used_ring_addr: Memory::user_address(used),
-            avail_ring_addr: Memory::user_address(available),
-            log_addr: None,
-        };
-        self.frontend.set_vring_addr(index, &config)?;
-        self.frontend.set_vring_base(index, ring.base()?)?;
-        let (kick, call) = ring.notifiers();
-        self.frontend.set_vring_call(index, call)?;
-        self.frontend.set_vring_kick(index, kick)?;
-        Ok(self.frontend.set_vring_enable(index, true)?)
+        start_ring(&mut self.frontend, index, &self.rings[index])
     }
 
     /// Stops a queue and sets it up anew, empty, as a driver's reset would.

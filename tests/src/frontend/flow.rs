@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use cram_abi::wire::{HEADER_SIZE, MAX_BATCH, PAGE_SIZE, RESPONSE_SIZE, op, result, status};
 use zerocopy::IntoBytes;
 
@@ -163,28 +163,11 @@ impl<'a> Flow<'a> {
     pub fn wait(&mut self) -> Result<Done> {
         let (head, _) = match self.wait {
             Wait::Sleep => self.ring.wait_used(PATIENCE)?,
-            Wait::Spin => self.spin()?,
+            Wait::Spin => self.ring.watch_used(PATIENCE)?,
         };
         let lane = self.lane_of[usize::from(head)].take();
         let lane = lane.context("a chain was completed that was not sent")?;
         self.done(lane)
-    }
-
-    fn spin(&mut self) -> Result<(u16, u32)> {
-        // A look at the clock costs as much as a look at the ring.
-        const LOOKS: u32 = 1 << 16;
-        let until = Instant::now() + PATIENCE;
-        loop {
-            for _ in 0..LOOKS {
-                if let Some(used) = self.ring.take_used()? {
-                    return Ok(used);
-                }
-                std::hint::spin_loop();
-            }
-            if Instant::now() > until {
-                bail!("no completion in {PATIENCE:?}");
-            }
-        }
     }
 
     fn done(&self, lane: usize) -> Result<Done> {

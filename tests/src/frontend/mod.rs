@@ -8,9 +8,11 @@
 //! - [`TestDaemon`] runs the daemon in this process, in a folder of its own.
 //! - [`Guest`] connects to it, and calls operations one by one.
 //! - [`Ring`] is one queue, for tests that want many requests in flight, or wrong ones.
+//! - [`Disk`] drives a vhost-user-blk device, which is not ours, to compare with.
 //! - [`Flow`] sends requests that are laid out once, at full speed.
 //! - [`Request`] is the readable part of a request as bytes, to be sent as it is or damaged.
 
+mod block;
 mod daemon;
 mod device;
 mod flow;
@@ -18,6 +20,7 @@ mod memory;
 mod request;
 mod ring;
 
+pub use block::{Disk, Transfer};
 pub use daemon::TestDaemon;
 pub use device::{Answer, Guest, Options};
 pub use flow::{Ask, Done, Flow, Wait};
