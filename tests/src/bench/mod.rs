@@ -12,6 +12,7 @@ pub mod corpus;
 pub mod device;
 pub mod figures;
 pub mod guest;
+pub mod page;
 pub mod policies;
 pub mod rivals;
 pub mod store;

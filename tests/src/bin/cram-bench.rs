@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use cram_tests::bench::chart::{self, Panel};
 use cram_tests::bench::figures::{Aim, Figures};
-use cram_tests::bench::{device, guest, store};
+use cram_tests::bench::{device, guest, page, store};
 use cram_tests::guest::Artifacts;
 
 #[derive(Parser)]
@@ -170,10 +170,12 @@ fn report(
         if cli.quick { " (a quick look)" } else { "" }
     );
     figures.print(aims);
+    page::write(&cli.out)?;
     println!(
-        "\n  all figures: {}\n  picture:     {}",
+        "\n  all figures:     {}\n  picture:         {}\n  all on one page: {}",
         list.display(),
-        picture.display()
+        picture.display(),
+        cli.out.join("report.html").display()
     );
     Ok(())
 }
