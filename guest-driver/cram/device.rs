@@ -30,6 +30,9 @@ use kernel::{
 const FLUSH_DELAY_MS: u32 = 10;
 /// How often a full device is asked whether it has room again, at the least.
 const PRESSURE_CHECK_MS: u32 = 200;
+/// How often a processor that watches for an answer pauses between two looks: a fraction of a
+/// microsecond.
+const PAUSES: u32 = 16;
 /// How long to wait for the answer to a request that no page depends on.
 const CONTROL_TIMEOUT_S: i64 = 2;
 /// How often to look for it.
@@ -544,12 +547,15 @@ impl Device {
         let limit = Delta::from_micros(i64::from(crate::module_parameters::load_spin_us.value()));
         let since = Instant::<Monotonic>::now();
         while since.elapsed() < limit {
+            // No answer is there at once, and each look takes a lock that the next request wants.
+            for _ in 0..PAUSES {
+                kernel::processor::cpu_relax();
+            }
             self.reap(queue);
             if queue.answered() >= number {
                 self.stats.gets_watched.add(1);
                 return;
             }
-            kernel::processor::cpu_relax();
         }
     }
 }

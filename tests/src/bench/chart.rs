@@ -145,7 +145,8 @@ impl Panel {
                 let _ = writeln!(
                     out,
                     "<line x1='{x}' x2='{x}' y1='{}' y2='{}' stroke='#333' stroke-width='1.5'/>\
-                     <text x='{}' y='{}' fill='#555' font-size='11'>{}</text>",
+                     <text x='{}' y='{}' fill='#444' font-size='11' stroke='#fff' stroke-width='3' \
+                     paint-order='stroke'>{}</text>",
                     y + 1.0,
                     y + ROW - 2.0,
                     x + 5.0,
