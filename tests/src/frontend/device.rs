@@ -22,9 +22,9 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::flow::{Flow, Wait};
 use super::memory::Memory;
-use super::request::Request;
 use super::ring::{Manner, Piece, Ring};
 use super::{PATIENCE, page};
+use cram_conformance::Request;
 
 pub(super) const VERSION_1: u64 = 1 << 32;
 pub(super) const EVENT_IDX: u64 = 1 << 29;

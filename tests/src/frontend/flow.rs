@@ -16,8 +16,8 @@ use zerocopy::IntoBytes;
 
 use super::PATIENCE;
 use super::memory::Memory;
-use super::request::Request;
 use super::ring::{Piece, Ring};
+use cram_conformance::Request;
 
 /// What a lane asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

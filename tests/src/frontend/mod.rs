@@ -17,15 +17,14 @@ mod daemon;
 mod device;
 mod flow;
 mod memory;
-mod request;
 mod ring;
 
 pub use block::{Disk, Transfer};
+pub use cram_conformance::{Request, page};
 pub use daemon::TestDaemon;
 pub use device::{Answer, Guest, Options};
 pub use flow::{Ask, Done, Flow, Wait};
 pub use memory::Memory;
-pub use request::{Request, page};
 pub use ring::{Descriptor, Piece, Ring};
 
 /// How long anything may take that takes milliseconds on an idle machine.

@@ -41,7 +41,9 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    fn to_bytes(self) -> [u8; 16] {
+    /// As it lies in memory.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.address.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.len.to_le_bytes());

@@ -3,6 +3,7 @@
 //! docs/protocol.md, sentence by sentence, against the real daemon over real sockets and rings.
 
 mod arena;
+mod conformance;
 mod connection;
 mod events;
 mod flow;

@@ -7,6 +7,8 @@ use cram_abi::wire::{
 };
 use zerocopy::IntoBytes;
 
+use crate::run::Part;
+
 /// A page that is told from others by its number, and compresses by half.
 #[must_use]
 pub fn page(number: u64) -> [u8; PAGE_SIZE] {
@@ -41,6 +43,15 @@ impl Request {
             readable,
             writable: RESPONSE_SIZE,
         }
+    }
+
+    /// The descriptors that a plain driver would give it.
+    #[must_use]
+    pub fn parts(&self) -> Vec<Part> {
+        vec![
+            Part::Read(self.readable.clone()),
+            Part::Write(self.writable),
+        ]
     }
 
     /// A header.
