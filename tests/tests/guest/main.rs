@@ -9,6 +9,7 @@
 //! kernel that checks itself.
 
 mod chaos;
+mod conformance;
 mod debug;
 mod lifecycle;
 mod loss;

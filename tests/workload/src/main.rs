@@ -9,6 +9,8 @@
 //!   back in several orders from several processes, and compares SHA-256 sums.
 //! - `hold` does the same step by step, as its standard input asks.
 //! - `touch` takes memory, to push others out.
+//! - `conform` drives the device itself, with every request that docs/protocol.md
+//!   has something to say about ([`raw`]).
 //!
 //! `worker` is what `load` and `hold` start, once for each process.
 //!
@@ -20,6 +22,7 @@ mod arguments;
 mod crew;
 mod job;
 mod order;
+mod raw;
 mod region;
 mod touch;
 mod worker;
@@ -31,6 +34,7 @@ usage: cram-workload agent TTY
        cram-workload load --source FILE --mib N [options]
        cram-workload hold --source FILE --mib N [options]
        cram-workload touch --mib N [--seconds S]
+       cram-workload conform
 
 options of load and hold:
   --source FILE      real data to fill memory with (read directly, past the page cache)
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         "load" => crew::run_load(&rest),
         "hold" => crew::run_hold(&rest),
         "touch" => touch::run(&rest),
+        "conform" => raw::run(&rest),
         "worker" => worker::run(&rest),
         "--help" | "-h" | "help" => {
             print!("{USAGE}");
