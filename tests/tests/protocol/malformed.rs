@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Requests that are wrong, and what they are answered: section 6.1.1 of the protocol.
+//! Chains that are wrong, and what they are answered: section 6.1.1 of the protocol. (What any
+//! driver could send is in the table of conformance; here are descriptors that only lie in memory.)
 //!
 //! Each is followed by a good one on the same queue: a wrong request hurts nobody.
 
 use anyhow::Result;
-use cram_abi::wire::{
-    HEADER_SIZE, MAX_BATCH, MAX_DESCRIPTORS, PAGE_SIZE, RESPONSE_SIZE, op, pool_flag, result,
-    status,
-};
+use cram_abi::wire::{MAX_DESCRIPTORS, RESPONSE_SIZE, pool_flag, result, status};
 use cram_tests::frontend::{Descriptor, Guest, Options, Piece, Request, TestDaemon, page};
 use serde_json::json;
 
@@ -27,127 +25,6 @@ fn start() -> Result<(TestDaemon, Guest)> {
 
 fn still_works(guest: &mut Guest) -> Result<()> {
     assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
-    Ok(())
-}
-
-#[test]
-fn wrong_headers_and_lengths_are_answered() -> Result<()> {
-    let (daemon, mut guest) = start()?;
-    let bad = status::BAD_REQUEST;
-    let unsupported = status::UNSUPPORTED;
-    let change = |mut request: Request, at: usize, byte: u8| {
-        request.readable[at] = byte;
-        request
-    };
-    let resize = |mut request: Request, len: usize| {
-        request.readable.resize(len, 0);
-        request
-    };
-    let with_writable = |mut request: Request, len: usize| {
-        request.writable = len;
-        request
-    };
-    let put = || Request::put(0, 0, &[(2, page(2))]);
-    let get = || Request::get(0, 0, &[1]);
-    let flush = |first, count| Request::flush_page(0, 0, &[(first, count)]);
-    let header = |op, count| Request::new(Request::header(op, 0, 0, count), &[]);
-    let too_many = vec![(0, page(0)); MAX_BATCH];
-    let cases = [
-        ("operation 7", header(7, 0), unsupported),
-        ("operation 65535", header(u16::MAX, 0), unsupported),
-        (
-            "operation 99 without pool",
-            change(header(99, 0), 4, 9),
-            unsupported,
-        ),
-        ("flags", change(put(), 2, 1), unsupported),
-        (
-            "flags and reserved",
-            change(change(put(), 3, 1), 36, 1),
-            unsupported,
-        ),
-        ("reserved", change(put(), 39, 1), bad),
-        ("put of no pages", Request::put(0, 0, &[]), bad),
-        ("get of no pages", Request::get(0, 0, &[]), bad),
-        ("flush of no ranges", Request::flush_page(0, 0, &[]), bad),
-        (
-            "put of 65 pages",
-            change(Request::put(0, 0, &too_many), 32, 65),
-            bad,
-        ),
-        ("get of 2^32-1 pages", header(op::GET, usize::MAX), bad),
-        ("query with count", change(Request::query(), 32, 1), bad),
-        ("destroy_pool with count", header(op::DESTROY_POOL, 1), bad),
-        ("flush_object with count", header(op::FLUSH_OBJECT, 1), bad),
-        (
-            "put, a byte short",
-            resize(put(), HEADER_SIZE + 4 + PAGE_SIZE - 1),
-            bad,
-        ),
-        (
-            "put, a byte long",
-            resize(put(), HEADER_SIZE + 4 + PAGE_SIZE + 1),
-            bad,
-        ),
-        ("put without page", resize(put(), HEADER_SIZE + 4), bad),
-        ("header only", resize(put(), HEADER_SIZE), bad),
-        ("half a header", resize(put(), HEADER_SIZE - 1), bad),
-        ("one byte", resize(put(), 1), bad),
-        ("new_pool without body", header(op::NEW_POOL, 0), bad),
-        (
-            "new_pool with more",
-            resize(Request::new_pool(5, 1, [0; 16]), 65),
-            bad,
-        ),
-        ("get without room", with_writable(get(), RESPONSE_SIZE), bad),
-        (
-            "get, a byte of room short",
-            with_writable(get(), RESPONSE_SIZE + 4095),
-            bad,
-        ),
-        (
-            "query without room",
-            with_writable(Request::query(), RESPONSE_SIZE + 63),
-            bad,
-        ),
-        ("range of nothing", flush(1, 0), bad),
-        ("range beyond the end", flush(2, u32::MAX), bad),
-        ("last index and one more", flush(u32::MAX, 2), bad),
-        (
-            "a good range and a bad one",
-            Request::flush_page(0, 0, &[(1, 1), (1, 0)]),
-            bad,
-        ),
-        ("wrong range without pool", change(flush(1, 0), 4, 9), bad),
-    ];
-    let n = cases.len() as u64;
-    for (what, request, wanted) in cases {
-        let answer = guest.call(1, &request)?;
-        assert_eq!(answer.response.status, wanted, "{what}");
-        assert_eq!(answer.used as usize, RESPONSE_SIZE, "{what}");
-        assert_eq!(answer.response.count.get(), 0, "{what}");
-        assert!(
-            answer
-                .response
-                .result
-                .iter()
-                .all(|&r| r == result::NOT_DONE),
-            "{what}"
-        );
-        assert!(answer.rest.iter().all(|&b| b == UNTOUCHED), "{what}");
-        still_works(&mut guest)?;
-    }
-    let malformed = daemon.client_stats(0)?["device"]["malformed"]
-        .as_u64()
-        .unwrap_or_default();
-    assert_eq!(malformed, n - 5, "UNSUPPORTED is not malformed");
-    // More room than is needed is no mistake.
-    let answer = guest.call(1, &with_writable(put(), RESPONSE_SIZE + 500))?;
-    assert_eq!(
-        (answer.response.status, answer.used as usize),
-        (status::OK, RESPONSE_SIZE)
-    );
-    assert!(answer.rest.iter().all(|&b| b == UNTOUCHED));
     Ok(())
 }
 
@@ -471,6 +348,8 @@ fn malformed_requests_are_counted() -> Result<()> {
     for _ in 0..3 {
         guest.call(2, &Request::put(0, 0, &[]))?;
     }
+    // What the device does not know is not malformed.
+    guest.call(2, &Request::new(Request::header(7, 0, 0, 0), &[]))?;
     assert_eq!(daemon.client_stats(0)?["device"]["malformed"], json!(3));
     Ok(())
 }
