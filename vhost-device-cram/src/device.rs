@@ -11,8 +11,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use cram_abi::wire::{EVENT_QUEUE, EVENT_SIZE, feature};
@@ -74,8 +74,7 @@ impl Device {
     /// A device for one connection of `guest`.
     pub fn new(guest: Arc<Guest>, memory: GuestMemoryAtomic<Memory>) -> io::Result<Self> {
         let queues: Vec<u16> = (1..=guest.offer.request_queues).collect();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let groups = queues.len().min(cores).max(1);
+        let groups = queues.len().min(processors()).max(1);
         let mut workers = vec![Self::worker(vec![EVENT_QUEUE])?];
         for group in 0..groups {
             let mine = queues.iter().copied().skip(group).step_by(groups).collect();
@@ -365,6 +364,13 @@ impl Device {
         Counters::add(&self.guest.counters.events, delivered);
         Ok(())
     }
+}
+
+/// How many processors there are for this process, as of the first time that it was asked: the
+/// limits of its control group are in files, which a confined process cannot read.
+pub(crate) fn processors() -> usize {
+    static FOUND: OnceLock<usize> = OnceLock::new();
+    *FOUND.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 fn ring_bell(bell: &OwnedFd) {
