@@ -147,6 +147,7 @@ fn help_and_version_read_well() {
         "--capacity",
         "--quota",
         "--num-queues",
+        "--sandbox",
         "Example:",
     ] {
         assert!(help.contains(word), "{word}");
@@ -203,6 +204,10 @@ fn a_wrong_command_line_gets_one_line_that_says_what_to_do() {
         (
             &["-s", "x", "-c", "1G", "--queue-size", "100"],
             "invalid value '100' for '--queue-size <N>': write a power of two up to 32768, such as 256",
+        ),
+        (
+            &["-s", "x", "-c", "1G", "--sandbox", "maybe"],
+            "invalid value 'maybe' for '--sandbox <HOW>'",
         ),
         (
             &["-s", "x", "-c", "1G", "--log-level", "loud"],
