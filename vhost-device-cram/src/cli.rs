@@ -106,6 +106,10 @@ pub struct Arguments {
     #[arg(long, value_name = "CPUS", value_parser = processors)]
     pub pin: Option<Processors>,
 
+    /// Give up, once everything is open, all rights that serving guests does not need
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Sandbox::On)]
+    pub sandbox: Sandbox,
+
     /// How much to say: off, error, warn, info, debug or trace [default: info, or what RUST_LOG says]
     #[arg(long, value_name = "LEVEL", value_parser = log_level)]
     pub log_level: Option<log::LevelFilter>,
@@ -120,6 +124,17 @@ pub enum Dedup {
     Guest,
     /// All guests' together.
     All,
+}
+
+/// How the daemon confines itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sandbox {
+    /// What is forbidden fails.
+    On,
+    /// What is forbidden ends the daemon, and the pages with it. For tests.
+    Strict,
+    /// Nothing is forbidden. For debuggers, and for kernels without seccomp.
+    Off,
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {

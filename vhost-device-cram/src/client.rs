@@ -38,10 +38,8 @@ pub struct Offer {
 impl Offer {
     /// How many workers share a guest's request queues.
     pub fn workers(&self) -> usize {
-        self.workers.map_or_else(
-            || std::thread::available_parallelism().map_or(1, usize::from),
-            usize::from,
-        )
+        self.workers
+            .map_or_else(crate::device::processors, usize::from)
     }
 }
 

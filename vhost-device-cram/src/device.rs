@@ -11,8 +11,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use cram_abi::wire::{EVENT_QUEUE, EVENT_SIZE, feature};
@@ -87,10 +87,10 @@ impl Device {
         let offer = &guest.offer;
         let groups = queues.len().min(offer.workers()).max(1);
         let mut workers = vec![Self::worker(vec![EVENT_QUEUE], offer.poll, None)?];
-        let mut processors = offer.pin.iter().copied().cycle();
+        let mut pins = offer.pin.iter().copied().cycle();
         for group in 0..groups {
             let mine = queues.iter().copied().skip(group).step_by(groups).collect();
-            workers.push(Self::worker(mine, offer.poll, processors.next())?);
+            workers.push(Self::worker(mine, offer.poll, pins.next())?);
         }
         let stopped = (0..=queues.len()).map(|_| AtomicBool::new(false)).collect();
         Ok(Device {
@@ -414,6 +414,13 @@ impl Device {
         Counters::add(&self.guest.counters.events, delivered);
         Ok(())
     }
+}
+
+/// How many processors there are for this process, as of the first time that it was asked: the
+/// limits of its control group are in files, which a confined process cannot read.
+pub(crate) fn processors() -> usize {
+    static FOUND: OnceLock<usize> = OnceLock::new();
+    *FOUND.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 fn ring_bell(bell: &OwnedFd) {

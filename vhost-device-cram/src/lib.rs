@@ -19,6 +19,8 @@
 //! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it.
 //! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
 //!   behind a socket, which outlives its connections.
+//! - [`sandbox`] is what the process gives up when all is open and nothing runs yet: afterwards,
+//!   a room that opens a file, or makes an unusual system call, finds that it cannot.
 //!
 //! `docs/protocol.md` is the contract with the guest, `docs/threat-model.md` says who is
 //! trusted with what.
@@ -35,6 +37,7 @@ pub mod relay;
 pub mod report;
 pub mod request;
 pub mod ring;
+pub mod sandbox;
 pub mod server;
 pub mod sigbus;
 pub mod size;

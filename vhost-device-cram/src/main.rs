@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use vhost_device_cram::cli::Arguments;
-use vhost_device_cram::server::Daemon;
+use vhost_device_cram::cli::{Arguments, Sandbox};
+use vhost_device_cram::sandbox::seccomp::Reaction;
+use vhost_device_cram::sandbox::{self, SandboxError};
+use vhost_device_cram::server::{Options, Ready};
 
 /// Exit status of a wrong command line, as elsewhere.
 const USAGE: u8 = 2;
@@ -30,7 +32,15 @@ fn main() -> ExitCode {
         Ok(signals) => signals,
         Err(error) => return fail(1, &format!("cannot block signals: {error}")),
     };
-    let daemon = match Daemon::start(&options) {
+    // Opened first, then confined, then run: threads inherit what the process may do.
+    let ready = match Ready::new(&options) {
+        Ok(ready) => ready,
+        Err(error) => return fail(1, &error.to_string()),
+    };
+    if let Err(error) = confine(arguments.sandbox, &options) {
+        return fail(1, &error.to_string());
+    }
+    let daemon = match ready.run() {
         Ok(daemon) => daemon,
         Err(error) => return fail(1, &error.to_string()),
     };
@@ -61,6 +71,26 @@ fn start_log(level: Option<log::LevelFilter>) {
             .parse_default_env(),
     };
     builder.format_target(false).init();
+}
+
+/// Gives up what is not needed from now on, and says what is in force.
+fn confine(sandbox: Sandbox, options: &Options) -> Result<(), SandboxError> {
+    let reaction = match sandbox {
+        Sandbox::On => Reaction::Refuse,
+        Sandbox::Strict => Reaction::Kill,
+        Sandbox::Off => {
+            log::warn!("not confined: --sandbox is off");
+            return Ok(());
+        }
+    };
+    let confinement = sandbox::confine(options, reaction)?;
+    let level = if confinement.is_whole() {
+        log::Level::Info
+    } else {
+        log::Level::Warn
+    };
+    log::log!(level, "{confinement}");
+    Ok(())
 }
 
 /// Says what is wrong with the command line in one line; help and version go out as they are.

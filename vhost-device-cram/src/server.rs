@@ -28,7 +28,7 @@ use crate::announce::Announcer;
 use crate::cli::Dedup;
 use crate::client::{Guest, Offer};
 use crate::control;
-use crate::device::Device;
+use crate::device::{self, Device};
 use crate::relay;
 use crate::sigbus::StoreMapping;
 use crate::socket::{BoundSocket, SocketError, private_connection};
@@ -77,7 +77,7 @@ impl StoreOptions {
             Some(path) => Backing::File(path.clone()),
             None => Backing::Memory,
         };
-        Store::new(StoreConfig {
+        Store::open(StoreConfig {
             capacity_bytes: self.capacity_bytes,
             // The sockets are what limits them; and an arena may know more.
             max_clients: cram_store::CLIENTS_MAX,
@@ -186,6 +186,17 @@ impl Stop {
     }
 }
 
+/// A daemon that has all that it needs, and runs no thread yet: the moment to confine the process,
+/// since threads inherit that. Whoever connects waits until [`Ready::run`].
+pub struct Ready {
+    shared: Arc<Shared>,
+    sockets: Vec<BoundSocket>,
+    control: Option<BoundSocket>,
+    stop: Arc<Stop>,
+    announcer: Arc<Announcer>,
+    store_mapping: StoreMapping,
+}
+
 /// A running daemon. Dropping it ends it as [`Daemon::stop`] does.
 pub struct Daemon {
     shared: Arc<Shared>,
@@ -198,9 +209,11 @@ pub struct Daemon {
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Daemon {
-    /// Starts: afterwards every socket is being listened on.
-    pub fn start(options: &Options) -> Result<Self, StartError> {
+impl Ready {
+    /// Opens the store and the sockets.
+    pub fn new(options: &Options) -> Result<Self, StartError> {
+        // Asked now, since it reads files, and those may be out of reach later.
+        device::processors();
         let store = options.store.open(options.offer.max_pools)?;
         let store_mapping = StoreMapping::protect(store.mapping())?;
         let announcer = Arc::new(Announcer::default());
@@ -237,14 +250,28 @@ impl Daemon {
             guests,
             started: Instant::now(),
         });
-        let mut daemon = Daemon {
+        Ok(Ready {
             shared,
+            sockets,
+            control,
             stop,
             announcer,
-            _store_mapping: store_mapping,
+            store_mapping,
+        })
+    }
+
+    /// Starts the threads: from now on, connections are served.
+    pub fn run(self) -> Result<Daemon, StartError> {
+        self.shared.store.start_background();
+        let mut daemon = Daemon {
+            shared: self.shared,
+            stop: self.stop,
+            announcer: self.announcer,
+            _store_mapping: self.store_mapping,
             lines: Vec::new(),
             threads: Vec::new(),
         };
+        let (sockets, control) = (self.sockets, self.control);
         for (guest, socket) in daemon.shared.guests.clone().into_iter().zip(sockets) {
             let line = Arc::new(Mutex::new(None));
             daemon.lines.push(Arc::clone(&line));
@@ -265,6 +292,13 @@ impl Daemon {
             });
         })?;
         Ok(daemon)
+    }
+}
+
+impl Daemon {
+    /// Starts: afterwards every socket is being listened on.
+    pub fn start(options: &Options) -> Result<Self, StartError> {
+        Ready::new(options)?.run()
     }
 
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {

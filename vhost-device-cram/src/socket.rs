@@ -105,7 +105,8 @@ impl Drop for BoundSocket {
     }
 }
 
-fn directory_of(path: &Path) -> PathBuf {
+/// The directory that a path's last part is in.
+pub(crate) fn directory_of(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),

@@ -147,6 +147,7 @@ fn help_and_version_read_well() {
         "--capacity",
         "--quota",
         "--num-queues",
+        "--sandbox",
         "Example:",
     ] {
         assert!(help.contains(word), "{word}");
@@ -208,6 +209,10 @@ fn a_wrong_command_line_gets_one_line_that_says_what_to_do() {
             &["-s", "x", "-c", "1G", "--pin", "5-3"],
             "invalid value '5-3' for '--pin <CPUS>': write numbers of processors and ranges of \
              them, such as 2,3,6-9",
+        ),
+        (
+            &["-s", "x", "-c", "1G", "--sandbox", "maybe"],
+            "invalid value 'maybe' for '--sandbox <HOW>'",
         ),
         (
             &["-s", "x", "-c", "1G", "--log-level", "loud"],

@@ -3,7 +3,7 @@
 //! The store itself: its clients, its figures.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use std::time::Instant;
 
@@ -29,8 +29,8 @@ pub struct Store {
     generation: u64,
     recovery: Recovery,
     clients: RwLock<BTreeMap<String, Arc<Client>>>,
-    /// Ends with the store.
-    _keeper: Option<Keeper>,
+    /// Ends with the store. `None` inside: it is not wanted, or the system had no thread to give.
+    keeper: OnceLock<Option<Keeper>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -60,6 +60,17 @@ impl Store {
     /// When the configuration asks for what cannot be, or the arena cannot be opened; the text says
     /// what can be done.
     pub fn new(config: StoreConfig) -> Result<Arc<Self>, StoreError> {
+        let store = Self::open(config)?;
+        store.start_background();
+        Ok(store)
+    }
+
+    /// As [`Self::new`], but no thread is left running until [`Self::start_background`]: for who
+    /// must first do to his process what is inherited by threads, and not given to them later.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn open(config: StoreConfig) -> Result<Arc<Self>, StoreError> {
         config.checked()?;
         let began = Instant::now();
         let capacity_bytes = config.capacity_bytes;
@@ -87,17 +98,22 @@ impl Store {
                 (client.name().to_owned(), Arc::new(client))
             })
             .collect();
-        let keeper = config
-            .background
-            .and_then(|background| Keeper::start(&core, background));
         Ok(Arc::new(Self {
             core,
             config,
             generation,
             recovery,
             clients: RwLock::new(clients),
-            _keeper: keeper,
+            keeper: OnceLock::new(),
         }))
+    }
+
+    /// Starts the background thread, if the configuration has one, and it does not run yet.
+    pub fn start_background(&self) {
+        self.keeper.get_or_init(|| {
+            let background = self.config.background?;
+            Keeper::start(&self.core, background)
+        });
     }
 
     /// Adds a client under the operator's name for it, limited to `quota_bytes` if given.

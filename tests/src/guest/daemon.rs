@@ -195,7 +195,8 @@ impl Daemon {
         Ok(Duration::from_nanos(total_ns))
     }
 
-    /// Memory of the daemon that is in RAM, in bytes; 0 while it does not run.
+    /// Memory of the daemon that is in RAM, in bytes; 0 while it does not run, or when we may not
+    /// know: of a confined daemon only root may.
     ///
     /// The guests' own memory, which the daemon maps, is theirs and not counted.
     #[must_use]

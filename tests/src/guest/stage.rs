@@ -93,12 +93,15 @@ impl Stage {
         })
     }
 
-    /// Starts a daemon.
+    /// Starts a daemon. Should it try what its sandbox forbids, it dies of it, and the test fails.
     ///
     /// # Errors
     ///
     /// When it does not start.
-    pub fn daemon_with(&self, options: DaemonOptions) -> Result<Daemon> {
+    pub fn daemon_with(&self, mut options: DaemonOptions) -> Result<Daemon> {
+        options
+            .more
+            .extend(["--sandbox", "strict"].map(str::to_owned));
         Daemon::start(&self.artifacts, &self.folder, options)
     }
 

@@ -116,11 +116,20 @@ struct Demo<'a> {
 impl<'a> Demo<'a> {
     fn start(args: &'a DemoArgs, artifacts: &Artifacts, folder: &Path) -> Result<Self> {
         println!("daemon      a pool of {}", args.capacity);
+        let mut more = Vec::new();
+        if !rustix::process::geteuid().is_root() {
+            // The kernel tells root alone how much memory a confined process has.
+            println!(
+                "            not confined, so that its memory can be seen; as root it would be"
+            );
+            more.extend(["--sandbox", "off"].map(str::to_owned));
+        }
         let daemon = Daemon::start(
             artifacts,
             folder,
             DaemonOptions {
                 capacity: args.capacity.clone(),
+                more,
                 ..DaemonOptions::default()
             },
         )?;
