@@ -295,8 +295,9 @@ impl Device {
         }
         let memory = self.memory.memory();
         let queue = state.get_queue_mut();
-        let waiting = ring::pending(queue, &memory)?;
+        let waiting = ring::pending(queue, &memory);
         ring::intact()?;
+        let waiting = waiting?;
         if waiting == 0 {
             return Ok(0);
         }
@@ -312,8 +313,8 @@ impl Device {
         let (mut chains, mut pages, mut changed) = (0, 0, false);
         let mut outcome = Ok(());
         while chains < u32::from(waiting).min(BATCH_CHAINS) && pages < BATCH_PAGES {
-            let done = ring::take(queue, &memory).and_then(|head| {
-                ring::intact()?;
+            let taken = ring::take(queue, &memory);
+            let done = ring::intact().and(taken).and_then(|head| {
                 let table = ring::table(queue);
                 let parsed = workspace.chain().parse(&memory, table, head, &terms);
                 let effect = execute(target, &memory, workspace, parsed);

@@ -247,6 +247,15 @@ fn live(as_nobody: bool, more: &[&str]) -> Result<()> {
     drop(other);
     let mut other = daemon.connect("vm2.sock")?;
     ensure!(other.get(1, &[1, 2, 3])? == [result::OK; 3]);
+    // Its memory is taken away: the handler of SIGBUS puts zeroes there.
+    other.memory.take_away(true)?;
+    other.ring(1).notify_always()?;
+    daemon.wait("a stopped queue", |daemon| {
+        let stats = daemon.call("stats", json!({}))?;
+        let stopped = &stats["clients"][1]["device"]["queues_stopped"];
+        Ok(stopped.as_u64().is_some_and(|stopped| stopped > 0))
+    })?;
+    drop(other);
     for _ in 0..10 {
         guest = guest.reconnect(&daemon.path("vm1.sock"), &Options::default())?;
         get_some(&mut guest)?;
@@ -278,8 +287,13 @@ fn end(mut daemon: Daemon) -> Result<()> {
     let log = daemon.log();
     ensure!(status.success(), "{status}\n{log}");
     ensure!(log.contains("confined by seccomp"), "{log}");
-    // The malformed message is told, and maybe the want of landlock; nothing else went wrong.
-    let expected = ["out of range", "connection ended", "no landlock"];
+    // What was done to it is told, and maybe the want of landlock; nothing else went wrong.
+    let expected = [
+        "out of range",
+        "connection ended",
+        "no landlock",
+        "memory is gone",
+    ];
     let bad = log.lines().find(|line| {
         (line.contains("WARN") || line.contains("ERROR"))
             && !expected.iter().any(|text| line.contains(text))
