@@ -10,6 +10,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -398,9 +399,15 @@ fn serve_guest(
         *line.lock() = front.try_clone().ok();
         // The bell may have rung before there was a line to hang up on.
         if !stop.is_stopping() {
-            match serve_connection(guest, &front) {
-                Ok(()) => log::info!("{}: the front-end disconnected", guest.name),
-                Err(error) => log::warn!("{}: the connection ended: {error}", guest.name),
+            // A defect of ours that shows in one connection shall not cost the guest its socket.
+            let served = catch_unwind(AssertUnwindSafe(|| serve_connection(guest, &front)));
+            match served {
+                Ok(Ok(())) => log::info!("{}: the front-end disconnected", guest.name),
+                Ok(Err(error)) => log::warn!("{}: the connection ended: {error}", guest.name),
+                Err(_) => {
+                    log::error!("{}: the connection ended in a panic", guest.name);
+                    let _ = front.shutdown(Shutdown::Both);
+                }
             }
         }
         line.lock().take();
