@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The catalogue, made anew: accounts, spaces, pools and objects.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Copy, KnownClient, Needed, Reader, SPACES_MAX};
+use crate::PAGE_SIZE;
+use crate::account::{Account, Holder};
+use crate::arena::{Kind, NUMBERS, Place, SpanHeader, Trust, is_newer};
+use crate::budget::Shortage;
+use crate::catalogue::{AccountRecord, EntryKey, PoolRecord, SpaceRecord, object_from_bytes};
+use crate::client::{PoolId, PoolKind, PoolSpec};
+use crate::space::{Keeping, Space};
+use crate::sync::atomic::Ordering::Relaxed;
+
+impl Reader<'_> {
+    /// Walks the catalogue's spans. Of each entry, the copies of its newest state.
+    pub(super) fn read_catalogue(
+        &self,
+        spans: &[&(SpanHeader, u32)],
+    ) -> BTreeMap<EntryKey, Vec<Copy>> {
+        let mut entries: BTreeMap<EntryKey, Vec<Copy>> = BTreeMap::new();
+        for span in spans {
+            self.walk(span, &mut |found| {
+                let header = found.header;
+                let is_named = match header.kind {
+                    Kind::Account | Kind::Space | Kind::Object => header.index == 0,
+                    Kind::Pool => true,
+                    Kind::Page | Kind::Image | Kind::Alias => false,
+                };
+                let is_entry = is_named && header.len < PAGE_SIZE;
+                let payload = self.payload(found);
+                let sums = &self.core.sums;
+                let is_whole = is_entry && sums.bytes(&payload) == sums.promised(&header);
+                if is_whole && found.is_live {
+                    let key = (header.kind, header.number, header.index);
+                    entries.entry(key).or_default().push(Copy {
+                        place: found.place,
+                        generation: header.generation,
+                        payload,
+                    });
+                } else if found.is_live && found.trust == Trust::Header {
+                    self.discard(found.place);
+                }
+                is_whole
+            });
+        }
+        for copies in entries.values_mut() {
+            self.keep_newest(copies);
+        }
+        entries
+    }
+
+    fn keep_newest(&self, copies: &mut Vec<Copy>) {
+        let newest = |copy: &&Copy| {
+            !copies
+                .iter()
+                .any(|other| is_newer(other.generation, copy.generation))
+        };
+        let Some((generation, payload)) = copies
+            .iter()
+            .find(newest)
+            .or(copies.first())
+            .map(|copy| (copy.generation, copy.payload.clone()))
+        else {
+            return;
+        };
+        let mut kept = 0;
+        copies.retain(|copy| {
+            let is_kept = kept < 2 && copy.generation == generation && copy.payload == payload;
+            if is_kept {
+                kept += 1;
+            } else {
+                self.discard(copy.place);
+            }
+            is_kept
+        });
+    }
+
+    /// Enters an entry's copies into the catalogue.
+    fn adopt(&self, key: EntryKey, copies: &[Copy]) {
+        let mut places = copies.iter().map(|copy| {
+            self.live(copy.place);
+            copy.place
+        });
+        let places = [places.next(), places.next()];
+        self.core.catalogue.lock().insert(key, places);
+    }
+
+    fn reject_all(&self, copies: &[Copy]) {
+        copies.iter().for_each(|copy| self.discard(copy.place));
+    }
+
+    /// A record of the catalogue stays.
+    fn live(&self, place: Place) {
+        if let Ok(header) = self.arena().accept(place) {
+            let bytes = self.core.record_bytes(header.len);
+            self.core.catalogue_bytes.fetch_add(bytes, Relaxed);
+        }
+    }
+
+    /// Accounts, and the domains of those that have one. Clients' are returned.
+    pub(super) fn enter_accounts(
+        &self,
+        entries: &BTreeMap<EntryKey, Vec<Copy>>,
+    ) -> Vec<KnownClient> {
+        let core = self.core;
+        let mut clients = Vec::new();
+        for (key, copies) in entries.iter().filter(|(key, _)| key.0 == Kind::Account) {
+            let record = copies
+                .first()
+                .and_then(|copy| AccountRecord::from_bytes(&copy.payload));
+            let is_new = |record: &AccountRecord| {
+                record.holder != Holder::Client
+                    || !clients
+                        .iter()
+                        .any(|(known, _): &(Arc<Account>, _)| known.name == record.name)
+            };
+            let account = record.filter(is_new).and_then(|record| {
+                let number = u16::try_from(key.1).ok()?;
+                let bytes = Account::fixed_bytes(&record.name, core.stripes);
+                core.budget.reserve(bytes).ok()?;
+                let account = Account::new(number, record.holder, &record.name, None, core.stripes);
+                account.reserve_anyway(bytes);
+                let is_gone = record.holder == Holder::Gone;
+                account.is_closed.store(is_gone, Relaxed);
+                Some((Arc::new(account), record.group))
+            });
+            let Some((account, group)) = account else {
+                self.reject_all(copies);
+                continue;
+            };
+            core.accounts.adopt(account.clone());
+            self.adopt(*key, copies);
+            match account.holder {
+                Holder::SharingGroup => _ = core.own_domain(&account),
+                Holder::Client => clients.push((account, group)),
+                Holder::SharedPool | Holder::Gone => (),
+            }
+        }
+        let with_domain = |(account, group): (Arc<Account>, Option<u16>)| {
+            let group = group.and_then(|group| core.domain(group));
+            let domain = group.unwrap_or_else(|| core.own_domain(&account));
+            KnownClient {
+                account,
+                domain,
+                pools: Vec::new(),
+            }
+        };
+        clients.into_iter().map(with_domain).collect()
+    }
+
+    /// Pools and the spaces that they name.
+    pub(super) fn enter_pools(
+        &self,
+        entries: &BTreeMap<EntryKey, Vec<Copy>>,
+        mut clients: Vec<KnownClient>,
+    ) -> Vec<KnownClient> {
+        let core = self.core;
+        for (key, copies) in entries.iter().filter(|(key, _)| key.0 == Kind::Pool) {
+            let client = clients
+                .iter_mut()
+                .find(|client| u32::from(client.account.number) == key.1);
+            let entered = client.zip(copies.first()).and_then(|(client, copy)| {
+                let record = PoolRecord::from_bytes(&copy.payload)?;
+                let space = self.space_for(entries, client, record.space)?;
+                let kind = match space.keeping {
+                    Keeping::Persistent => PoolKind::Persistent,
+                    Keeping::Exclusive => PoolKind::PrivateEphemeral,
+                    Keeping::Shared => PoolKind::SharedEphemeral { uuid: space.uuid },
+                };
+                let spec = PoolSpec {
+                    kind,
+                    refuse_incompressible: record.refuse_incompressible,
+                };
+                client.pools.push((PoolId(key.2), spec, space));
+                Some(())
+            });
+            match entered {
+                Some(()) => self.adopt(*key, copies),
+                None => self.reject_all(copies),
+            }
+        }
+        let spaces = entries.iter().filter(|(key, _)| key.0 == Kind::Space);
+        for (key, copies) in spaces {
+            if core.space(key.1).is_none() {
+                self.reject_all(copies);
+            }
+        }
+        clients
+    }
+
+    /// The space that a pool names: made from its record when the first pool does.
+    fn space_for(
+        &self,
+        entries: &BTreeMap<EntryKey, Vec<Copy>>,
+        client: &KnownClient,
+        number: u32,
+    ) -> Option<Arc<Space>> {
+        let core = self.core;
+        if let Some(space) = core.space(number) {
+            // Only a shared one may be several pools'.
+            let mut shared = core.shared.lock();
+            let entry = shared.get_mut(&space.uuid).filter(|_| space.is_shared())?;
+            entry.opened += 1;
+            return Some(space);
+        }
+        let key = (Kind::Space, number, 0);
+        let copies = entries.get(&key).filter(|_| number < SPACES_MAX)?;
+        let record = SpaceRecord::from_bytes(&copies.first()?.payload)?;
+        let is_shared = record.keeping == Keeping::Shared;
+        let payer = core.accounts.get(record.account)?;
+        let is_right = if is_shared {
+            payer.holder == Holder::SharedPool && !core.shared.lock().contains_key(&record.uuid)
+        } else {
+            payer.number == client.account.number
+        };
+        if !is_right {
+            return None;
+        }
+        let domain = (!is_shared).then(|| client.domain.clone());
+        let space = Space::new(core, number, record.keeping, record.uuid, payer, domain).ok()?;
+        let space = Arc::new(space);
+        core.adopt_space(space.clone());
+        if is_shared {
+            core.adopt_shared(space.clone());
+        }
+        self.adopt(key, copies);
+        Some(space)
+    }
+
+    /// Objects. Returns room to note which of them are needed.
+    pub(super) fn enter_objects(
+        &self,
+        entries: &BTreeMap<EntryKey, Vec<Copy>>,
+    ) -> Result<Needed, Shortage> {
+        let core = self.core;
+        let mut numbers = 0;
+        for (key, copies) in entries.iter().filter(|(key, _)| key.0 == Kind::Object) {
+            let object = copies
+                .first()
+                .and_then(|copy| object_from_bytes(&copy.payload))
+                .filter(|object| core.space(object.space).is_some() && key.1 < NUMBERS);
+            let Some(object) = object else {
+                self.reject_all(copies);
+                continue;
+            };
+            numbers = numbers.max(key.1 as usize + 1);
+            for copy in copies {
+                if core
+                    .objects
+                    .adopt(key.1, object, copy.place, &core.budget)?
+                {
+                    self.live(copy.place);
+                } else {
+                    self.discard(copy.place);
+                }
+            }
+        }
+        Ok(Needed::new(numbers))
+    }
+}

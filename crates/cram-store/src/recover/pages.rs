@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Pages and images, entered into the index again, on several threads.
+
+use super::{Needed, Numbering, Reader};
+use crate::arena::{Found, Kind, Place, Role, SpanHeader, Trust, is_newer};
+use crate::budget::Shortage;
+use crate::codec::{Scratch, filled_word};
+use crate::index::Key;
+use crate::objects::Object;
+use crate::share::image_in;
+use crate::space::Space;
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::{PAGE_SIZE, Page};
+
+impl Reader<'_> {
+    /// Walks all spans of pages, `threads` at a time.
+    pub(super) fn read_pages(
+        &self,
+        spans: &[&(SpanHeader, u32)],
+        objects: &Needed,
+        threads: usize,
+    ) -> Result<(), Shortage> {
+        let next = AtomicU64::new(0);
+        let work = || -> Result<(), Shortage> {
+            let mut scratch = Scratch::new();
+            let mut page = Box::new([0; PAGE_SIZE]);
+            let mut shortage = Ok(());
+            loop {
+                let at = usize::try_from(next.fetch_add(1, Relaxed)).unwrap_or(usize::MAX);
+                let Some(span) = spans.get(at) else {
+                    return shortage;
+                };
+                self.walk(span, &mut |found| {
+                    let must_verify = found.trust == Trust::Nothing || self.verifies_all;
+                    let is_whole = !must_verify || self.is_whole(found, &mut scratch, &mut page);
+                    if !found.is_live {
+                        return is_whole;
+                    }
+                    if is_whole {
+                        match self.enter_record(found, span.0.role, objects) {
+                            Ok(true) => (),
+                            Ok(false) => self.drop_record(found),
+                            Err(why) => shortage = Err(why),
+                        }
+                    } else if found.trust == Trust::Header {
+                        self.drop_record(found);
+                    }
+                    is_whole
+                });
+            }
+        };
+        if threads == 1 {
+            return work();
+        }
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            let mut results = workers.into_iter().map(|worker| worker.join());
+            results.try_for_each(|result| result.unwrap_or(Err(Shortage::Store)))
+        })
+    }
+
+    /// Whether a record's payload is what its header promises.
+    fn is_whole(&self, found: &Found, scratch: &mut Scratch, page: &mut Page) -> bool {
+        let header = &found.header;
+        let sums = &self.core.sums;
+        let pin = self.arena().pin(found.place);
+        let payload = pin.payload(found.place, header);
+        match header.kind {
+            Kind::Page | Kind::Image => {
+                if !scratch.unpack(payload, header.is_zstd, page) {
+                    return false;
+                }
+                let content = match filled_word(payload) {
+                    Some(word) => sums.filled(word),
+                    None => sums.page(page),
+                };
+                content == sums.promised(header)
+            }
+            // Its sum is of the page that it stands for, so nothing can be said here; but what it
+            // has for a payload must at least be the number of an image.
+            Kind::Alias => image_in(payload).is_some() && found.trust == Trust::Header,
+            _ => false,
+        }
+    }
+
+    /// Enters a live record of a page or an image. False when it is to be discarded.
+    fn enter_record(&self, found: &Found, role: Role, objects: &Needed) -> Result<bool, Shortage> {
+        let header = &found.header;
+        match header.kind {
+            Kind::Image => self.enter_image(found),
+            Kind::Page | Kind::Alias => self.enter_page(found, role, objects),
+            Kind::Account | Kind::Space | Kind::Pool | Kind::Object => Ok(false),
+        }
+    }
+
+    fn enter_image(&self, found: &Found) -> Result<bool, Shortage> {
+        let core = self.core;
+        let header = &found.header;
+        let domain = u16::try_from(header.number).ok();
+        let Some(domain) = domain.and_then(|number| core.domain(number)) else {
+            return Ok(false);
+        };
+        let mut images = domain.images.lock();
+        self.make_room_for(&mut images, header.index)?;
+        if !images.adopt(header.index, found.place) {
+            return Ok(false);
+        }
+        let _ = self.arena().accept(found.place);
+        core.note_twin(Some(&domain), header, found.place);
+        core.count_image(&domain, header, true);
+        domain.account.reserve_anyway(core.record_bytes(header.len));
+        Ok(true)
+    }
+
+    fn make_room_for(
+        &self,
+        images: &mut crate::domain::Images,
+        number: u32,
+    ) -> Result<(), Shortage> {
+        let budget = &self.core.budget;
+        if let Some((capacity, bytes)) = images.growth_to(number) {
+            let old = images.held_bytes();
+            budget.reserve(bytes)?;
+            if !images.grow(capacity) {
+                budget.release(bytes);
+                return Err(Shortage::Store);
+            }
+            budget.release(old);
+        }
+        Ok(())
+    }
+
+    fn enter_page(&self, found: &Found, role: Role, objects: &Needed) -> Result<bool, Shortage> {
+        let core = self.core;
+        let header = &found.header;
+        let Some(object) = core.objects.get(header.number) else {
+            return Ok(false);
+        };
+        let Some(space) = core.space(object.space) else {
+            return Ok(false);
+        };
+        if !is_plausible(&space, &object, role) {
+            return Ok(false);
+        }
+        let image = match self.image_of(&space, found)? {
+            Some(image) => image,
+            None if header.kind == Kind::Alias => return Ok(false),
+            None => None,
+        };
+        let key = Key {
+            object: object.id,
+            index: header.index,
+        };
+        let shard = space.shard_of(key.object, key.region());
+        let is_entered =
+            objects.claim(header.number, shard) && self.enter_into_index(&space, &key, found)?;
+        if is_entered {
+            objects.note(header.number);
+        } else if let (Some(image), Some(domain)) = (image, &space.domain) {
+            domain.images.lock().unadopt_ref(image);
+        }
+        Ok(is_entered)
+    }
+
+    /// Of an alias, the number of its image, on which a reference is taken now, be it there or not:
+    /// `Some(Some(number))`. Of any other page `Some(None)`, and of an alias of nothing `None`.
+    #[allow(clippy::option_option, reason = "the three cases are what it says")]
+    fn image_of(&self, space: &Space, found: &Found) -> Result<Option<Option<u32>>, Shortage> {
+        if found.header.kind != Kind::Alias {
+            return Ok(Some(None));
+        }
+        let number = self.core.image_number(found.place, &found.header);
+        let (Some(number), Some(domain)) = (number, &space.domain) else {
+            return Ok(None);
+        };
+        let mut images = domain.images.lock();
+        self.make_room_for(&mut images, number)?;
+        Ok(images.adopt_ref(number).then_some(Some(number)))
+    }
+
+    fn enter_into_index(&self, space: &Space, key: &Key, found: &Found) -> Result<bool, Shortage> {
+        let core = self.core;
+        let header = &found.header;
+        let numbering = Numbering {
+            number: header.number,
+        };
+        let (shard, hash) = space.find(key.object, key.region());
+        let mut index = shard.lock();
+        let before = Space::index_bill_bytes(index.extent());
+        let prepared = index.prepare(hash, key, &numbering, &core.budget)?;
+        let is_its_number = prepared.number == header.number
+            || space.is_shared() && core.objects.join(prepared.number, header.number);
+        let old = prepared.old.and_then(|old| core.arena.header(old).ok());
+        let is_better = old.is_none_or(|old| is_newer(header.generation, old.generation));
+        if !is_its_number || !is_better {
+            index.cancel(prepared, &numbering, &core.budget);
+            shard.publish(&index);
+            return Ok(false);
+        }
+        index.enter(prepared, found.place);
+        space
+            .payer
+            .reserve_anyway(Space::index_bill_bytes(index.extent()) - before);
+        shard.publish(&index);
+        let _ = core.arena.accept(found.place);
+        space.with_owner(core, header.number, |owner| {
+            owner.reserve_anyway(space.bill_bytes(core, header.len));
+        });
+        space.page_in(core, header);
+        core.note_twin(space.domain.as_deref(), header, found.place);
+        if let Some(old) = prepared.old {
+            self.discarded.fetch_add(1, Relaxed);
+            self.supersede(space, old);
+        }
+        Ok(true)
+    }
+
+    /// An older record of a page that was entered already.
+    fn supersede(&self, space: &Space, old: Place) {
+        let core = self.core;
+        if let Ok(header) = core.arena.header(old)
+            && header.kind == Kind::Alias
+            && let (Some(number), Some(domain)) = (core.image_number(old, &header), &space.domain)
+        {
+            // Here it may go below what `page_out` could deal with: its image may not be found yet.
+            domain.images.lock().unadopt_ref(number);
+            let _ = core.arena.kill(old);
+            space.count_out(core, &header);
+            return;
+        }
+        space.page_out(core, old);
+    }
+}
+
+/// Whether a page of this object may be in a span of this role.
+fn is_plausible(space: &Space, object: &Object, role: Role) -> bool {
+    let is_owned = space.is_shared() || object.owner == space.payer.number;
+    let is_placed = match role {
+        Role::Pages => !space.is_evictable(),
+        Role::Fresh(owner) | Role::Proven(owner) => {
+            space.is_evictable() && owner == space.payer.number
+        }
+        Role::Catalogue => false,
+    };
+    is_owned && is_placed
+}
