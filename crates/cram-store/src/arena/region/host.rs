@@ -52,6 +52,9 @@ pub(super) unsafe fn populate(
             Err(Errno::INTR | Errno::AGAIN) => (),
             // Linux before 5.14. Room in the file is what matters.
             Err(Errno::INVAL) => return allocate(file, at, len as u64),
+            // So it is called when a touch would have raised SIGBUS (madvise(2)): no huge page, or no
+            // room in the file system.
+            Err(Errno::FAULT) => return Err(Errno::NOMEM.into()),
             Err(error) => return Err(error.into()),
         }
     }
