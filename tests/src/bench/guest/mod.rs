@@ -8,6 +8,7 @@
 //! without the plugin, of guests in turns.
 
 mod aims;
+mod instructions;
 mod profile;
 mod rig;
 mod run;
@@ -42,7 +43,7 @@ const SETTLE: Duration = Duration::from_secs(3);
 /// How thorough to be.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
-    /// Rounds of what is measured by the clock.
+    /// Rounds of what is compared closely.
     pub rounds: usize,
     /// The load in MiB.
     pub load_mib: u64,
@@ -94,7 +95,7 @@ impl Bench<'_> {
     /// When there is no such section, or it fails.
     pub fn section(&self, name: &str) -> Result<Figures> {
         match name {
-            "instructions" => self.instructions(),
+            "instructions" => instructions::run(self),
             "wall" => self.wall(),
             "tight" => self.tight(),
             "idle" => self.idle(),
@@ -110,52 +111,6 @@ impl Bench<'_> {
     #[must_use]
     pub fn accelerator(&self) -> Accelerator {
         Accelerator::detect(self.artifacts)
-    }
-
-    /// Instructions for each page moved: what a load costs more in a guest that swaps.
-    fn instructions(&self) -> Result<Figures> {
-        let mut figures = Figures::default();
-        let counting = Some(Counting::Blocks);
-        let mut without_swap = Vec::new();
-        for large_folios in [false, true] {
-            let case = roomy(large_folios);
-            let instructions = self.completed(&case, self.extent.roomy_mib, counting, |o| {
-                ensure!(o.moved.pages() == 0, "a guest with room swapped: {o:?}");
-                o.instructions.context("nothing was counted")
-            })?;
-            figures.set(
-                format!("guest_insn_total_{}", case.name),
-                exact(instructions),
-            );
-            without_swap.push((large_folios, instructions));
-        }
-        for case in &CASES {
-            let base = without_swap
-                .iter()
-                .find(|(large, _)| *large == case.large_folios)
-                .map_or(0, |(_, count)| *count);
-            self.completed(case, self.extent.memory_mib, counting, |outcome| {
-                let total = outcome.instructions.context("nothing was counted")?;
-                let pages = outcome.moved.pages();
-                ensure!(pages > 0, "a guest did not swap");
-                let name = case.name;
-                figures.set(figure("guest_insn_per_page", name), {
-                    exact(total.saturating_sub(base)) / exact(pages)
-                });
-                figures.set(format!("guest_insn_total_{name}"), exact(total));
-                figures.set(format!("pages_out_{name}"), exact(outcome.moved.pages_out));
-                figures.set(format!("pages_in_{name}"), exact(outcome.moved.pages_in));
-                Ok(())
-            })?;
-        }
-        for other in ["disk", "zram", "zswap"] {
-            let ours = figures.get("guest_insn_per_page");
-            let theirs = figures.get(&figure("guest_insn_per_page", other));
-            if let Some((ours, theirs)) = ours.zip(theirs) {
-                figures.set(format!("guest_insn_per_page_vs_{other}"), ours / theirs);
-            }
-        }
-        Ok(figures)
     }
 
     /// Seconds, in turns. Those that are not compared by the clock have one turn.
@@ -273,14 +228,6 @@ fn roomy(large_folios: bool) -> Case {
         name: if large_folios { "roomy_mthp" } else { "roomy" },
         backing: rig::Backing::Disk,
         large_folios,
-    }
-}
-
-/// The name of a figure: our device's is the bare one.
-fn figure(of: &str, case: &str) -> String {
-    match case {
-        "cram" => of.to_owned(),
-        other => format!("{of}_{other}"),
     }
 }
 
