@@ -57,6 +57,16 @@ pub const AIMS: &[Aim] = &[
         Some(Target::AtMost(1.0)),
     ),
     aim(
+        "guest_wall_vs_vhost_user_blk_least",
+        "… the turn in which it was least",
+        None,
+    ),
+    aim(
+        "guest_wall_vs_vhost_user_blk_most",
+        "… the turn in which it was most",
+        None,
+    ),
+    aim(
         "tight_cram_oom",
         "1: out of memory in a guest too small to keep what it compresses",
         Some(Target::AtMost(0.0)),

@@ -20,11 +20,27 @@ struct Base {
     large_folios: u64,
 }
 
+impl Base {
+    fn of(&self, case: &Case) -> u64 {
+        if case.large_folios {
+            self.large_folios
+        } else {
+            self.small_folios
+        }
+    }
+}
+
 /// One load's instructions, and the pages that it moved.
 #[derive(Clone, Copy)]
 struct Count {
     total: u64,
     moved: Moved,
+}
+
+impl Count {
+    fn per_page(&self, base: u64) -> f64 {
+        exact(self.total.saturating_sub(base)) / exact(self.moved.pages())
+    }
 }
 
 /// Runs the section.
@@ -43,19 +59,26 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<Figures> {
         }
     }
     for (case, counts) in CASES.iter().zip(&counts) {
-        let base = if case.large_folios {
-            base.large_folios
-        } else {
-            base.small_folios
-        };
-        note(case, counts, base, &mut figures);
+        note(case, counts, base.of(case), &mut figures);
     }
-    for other in ["disk", "zram", "zswap"] {
-        let ours = figures.get(&per_page("cram"));
-        let theirs = figures.get(&per_page(other));
-        if let Some((ours, theirs)) = ours.zip(theirs) {
-            figures.set(format!("guest_insn_per_page_vs_{other}"), ours / theirs);
-        }
+    let each = |name: &str| -> Vec<f64> {
+        let mut of_case = CASES
+            .iter()
+            .zip(&counts)
+            .filter(|(case, _)| case.name == name);
+        let each = |(case, counts): (&Case, &Vec<Count>)| {
+            counts
+                .iter()
+                .map(|count| count.per_page(base.of(case)))
+                .collect()
+        };
+        of_case.next().map(each).unwrap_or_default()
+    };
+    for other in ["disk", "vhost_user_blk", "zram", "zswap"] {
+        // Round by round, as far as there are rounds of both.
+        let rounds = each("cram").into_iter().zip(each(other));
+        let ratios = rounds.map(|(ours, theirs)| ours / theirs).collect();
+        figures.set(format!("guest_insn_per_page_vs_{other}"), median(ratios));
     }
     Ok(figures)
 }
@@ -83,7 +106,7 @@ fn count(bench: &Bench<'_>, case: &Case) -> Result<Count> {
 }
 
 fn note(case: &Case, counts: &[Count], base: u64, figures: &mut Figures) {
-    let each = |count: &Count| exact(count.total.saturating_sub(base)) / exact(count.moved.pages());
+    let each = |count: &Count| count.per_page(base);
     let middle = |take: &dyn Fn(&Count) -> f64| median(counts.iter().map(take).collect());
     let name = case.name;
     figures.set(per_page(name), middle(&each));
