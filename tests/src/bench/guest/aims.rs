@@ -4,8 +4,9 @@
 
 use crate::bench::figures::{Aim, Target};
 
-/// In the order in which they are printed. Each case has more: `guest_insn_total_…`, `pages_out_…`,
-/// `pages_in_…`, `tight_…_stuck`.
+/// In the order in which they are printed. Each case has more: `guest_insn_total_…`,
+/// `guest_insn_spread_…` (most / least of its rounds, less 1), `pages_out_…`, `pages_in_…`,
+/// `tight_…_wall_s`, `tight_…_stuck`.
 pub const AIMS: &[Aim] = &[
     aim(
         "guest_insn_per_page",
@@ -54,6 +55,16 @@ pub const AIMS: &[Aim] = &[
         "guest_wall_vs_vhost_user_blk",
         "cram / vhost-user-blk, in turns",
         Some(Target::AtMost(1.0)),
+    ),
+    aim(
+        "guest_wall_vs_vhost_user_blk_least",
+        "… the turn in which it was least",
+        None,
+    ),
+    aim(
+        "guest_wall_vs_vhost_user_blk_most",
+        "… the turn in which it was most",
+        None,
     ),
     aim(
         "tight_cram_oom",

@@ -8,6 +8,7 @@
 //! without the plugin, of guests in turns.
 
 mod aims;
+mod instructions;
 mod profile;
 mod rig;
 mod run;
@@ -42,8 +43,10 @@ const SETTLE: Duration = Duration::from_secs(3);
 /// How thorough to be.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
-    /// Rounds of what is measured by the clock.
+    /// Rounds of counted loads that are compared closely.
     pub rounds: usize,
+    /// The same of loads that are compared by the clock, which says less.
+    pub wall_rounds: usize,
     /// The load in MiB.
     pub load_mib: u64,
     /// Memory of a guest that has to swap for it.
@@ -60,6 +63,7 @@ impl Extent {
     /// What the figures in the documentation are measured with.
     pub const WHOLE: Extent = Extent {
         rounds: 3,
+        wall_rounds: 5,
         load_mib: 440,
         memory_mib: 384,
         roomy_mib: 1024,
@@ -69,6 +73,7 @@ impl Extent {
     /// A look: smaller guests, once.
     pub const QUICK: Extent = Extent {
         rounds: 1,
+        wall_rounds: 1,
         load_mib: 260,
         memory_mib: 256,
         roomy_mib: 768,
@@ -94,7 +99,7 @@ impl Bench<'_> {
     /// When there is no such section, or it fails.
     pub fn section(&self, name: &str) -> Result<Figures> {
         match name {
-            "instructions" => self.instructions(),
+            "instructions" => instructions::run(self),
             "wall" => self.wall(),
             "tight" => self.tight(),
             "idle" => self.idle(),
@@ -112,58 +117,12 @@ impl Bench<'_> {
         Accelerator::detect(self.artifacts)
     }
 
-    /// Instructions for each page moved: what a load costs more in a guest that swaps.
-    fn instructions(&self) -> Result<Figures> {
-        let mut figures = Figures::default();
-        let counting = Some(Counting::Blocks);
-        let mut without_swap = Vec::new();
-        for large_folios in [false, true] {
-            let case = roomy(large_folios);
-            let instructions = self.completed(&case, self.extent.roomy_mib, counting, |o| {
-                ensure!(o.moved.pages() == 0, "a guest with room swapped: {o:?}");
-                o.instructions.context("nothing was counted")
-            })?;
-            figures.set(
-                format!("guest_insn_total_{}", case.name),
-                exact(instructions),
-            );
-            without_swap.push((large_folios, instructions));
-        }
-        for case in &CASES {
-            let base = without_swap
-                .iter()
-                .find(|(large, _)| *large == case.large_folios)
-                .map_or(0, |(_, count)| *count);
-            self.completed(case, self.extent.memory_mib, counting, |outcome| {
-                let total = outcome.instructions.context("nothing was counted")?;
-                let pages = outcome.moved.pages();
-                ensure!(pages > 0, "a guest did not swap");
-                let name = case.name;
-                figures.set(figure("guest_insn_per_page", name), {
-                    exact(total.saturating_sub(base)) / exact(pages)
-                });
-                figures.set(format!("guest_insn_total_{name}"), exact(total));
-                figures.set(format!("pages_out_{name}"), exact(outcome.moved.pages_out));
-                figures.set(format!("pages_in_{name}"), exact(outcome.moved.pages_in));
-                Ok(())
-            })?;
-        }
-        for other in ["disk", "zram", "zswap"] {
-            let ours = figures.get("guest_insn_per_page");
-            let theirs = figures.get(&figure("guest_insn_per_page", other));
-            if let Some((ours, theirs)) = ours.zip(theirs) {
-                figures.set(format!("guest_insn_per_page_vs_{other}"), ours / theirs);
-            }
-        }
-        Ok(figures)
-    }
-
     /// Seconds, in turns. Those that are not compared by the clock have one turn.
     fn wall(&self) -> Result<Figures> {
         const IN_TURNS: [&str; 3] = ["cram", "vhost_user_blk", "disk"];
         let mut figures = Figures::default();
         let mut seconds = vec![Vec::new(); CASES.len()];
-        for round in 0..self.extent.rounds {
+        for round in 0..self.extent.wall_rounds {
             for (case, seconds) in CASES.iter().zip(&mut seconds) {
                 if round == 0 || IN_TURNS.contains(&case.name) {
                     let took = self.completed(case, self.extent.memory_mib, None, |outcome| {
@@ -182,7 +141,14 @@ impl Bench<'_> {
         let of = |name: &str| CASES.iter().zip(&seconds).find(|(c, _)| c.name == name);
         if let (Some((_, ours)), Some((_, theirs))) = (of("cram"), of("vhost_user_blk")) {
             let ratios = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs);
+            let (least, most) = ratios
+                .clone()
+                .fold((f64::INFINITY, 0.0), |(least, most), r| {
+                    (r.min(least), r.max(most))
+                });
             figures.set("guest_wall_vs_vhost_user_blk", median(ratios.collect()));
+            figures.set("guest_wall_vs_vhost_user_blk_least", least);
+            figures.set("guest_wall_vs_vhost_user_blk_most", most);
         }
         Ok(figures)
     }
@@ -262,7 +228,11 @@ impl Bench<'_> {
             Ended::OutOfMemory => eprint!(", OUT OF MEMORY"),
             Ended::Stuck => eprint!(", NOT DONE"),
         }
-        eprintln!("; {} pages out, {} in", moved.pages_out, moved.pages_in);
+        eprint!("; {} pages out, {} in", moved.pages_out, moved.pages_in);
+        if let Some(count) = outcome.instructions {
+            eprint!("; {:.3} G instructions", exact(count) / 1e9);
+        }
+        eprintln!();
         Ok(outcome)
     }
 }
@@ -273,14 +243,6 @@ fn roomy(large_folios: bool) -> Case {
         name: if large_folios { "roomy_mthp" } else { "roomy" },
         backing: rig::Backing::Disk,
         large_folios,
-    }
-}
-
-/// The name of a figure: our device's is the bare one.
-fn figure(of: &str, case: &str) -> String {
-    match case {
-        "cram" => of.to_owned(),
-        other => format!("{of}_{other}"),
     }
 }
 

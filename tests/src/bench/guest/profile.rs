@@ -18,6 +18,8 @@ use crate::guest::{Counting, Guest};
 const PROFILED: [&str; 3] = ["cram", "mthp", "disk"];
 /// How many functions of each are shown.
 const SHOWN: usize = 45;
+/// How the module's functions are marked.
+const DRIVER: &str = "[cram]";
 /// Addresses below are programs'.
 const KERNEL: u64 = 1 << 63;
 
@@ -64,7 +66,13 @@ fn write_table(
         .collect();
     rows.sort_by(|(_, one), (_, other)| other.total_cmp(one));
     let sum: f64 = rows.iter().map(|(_, value)| value).sum();
-    writeln!(text, "\n{}: {sum:.0} for each of {pages} pages", case.name)?;
+    let driver = rows.iter().filter(|(name, _)| name.ends_with(DRIVER));
+    let driver: f64 = driver.map(|(_, value)| value).sum();
+    writeln!(
+        text,
+        "\n{}: {sum:.0} for each of {pages} pages, {driver:.0} of them in {DRIVER}",
+        case.name
+    )?;
     for (name, value) in rows.iter().take(SHOWN) {
         writeln!(text, "  {value:>8.1}  {name}")?;
     }
