@@ -6,6 +6,7 @@
 mod block;
 mod idle;
 mod latency;
+mod neighbour;
 mod rig;
 mod speed;
 
@@ -14,7 +15,7 @@ use anyhow::{Result, bail};
 use super::figures::{Aim, Figures, Target, aim};
 
 /// The sections, in the order in which they are run.
-pub const SECTIONS: [&str; 4] = ["speed", "blk", "latency", "idle"];
+pub const SECTIONS: [&str; 5] = ["speed", "blk", "latency", "neighbour", "idle"];
 
 /// How thorough to be.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +114,11 @@ pub const AIMS: &[Aim] = &[
     ),
     aim("put_qd1_p50_us", "one put at a time, polling: median", None),
     aim(
+        "neighbour_share",
+        "puts beside two guests of ill will / alone; two thirds of a processor are its share",
+        Some(Target::AtLeast(0.5)),
+    ),
+    aim(
         "idle_cpu",
         "share of a processor that a connected, idle guest costs",
         Some(Target::AtMost(0.001)),
@@ -153,6 +159,7 @@ pub fn run(section: &str, extent: Extent) -> Result<Figures> {
         "speed" => speed::run(extent),
         "blk" => block::run(extent),
         "latency" => latency::run(extent),
+        "neighbour" => neighbour::run(extent),
         "idle" => idle::run(extent),
         _ => bail!(
             "there is no section {section:?}; there are: {}",

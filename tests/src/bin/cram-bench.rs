@@ -35,7 +35,7 @@ enum Subject {
     },
     /// The device, driven over a real socket and real rings
     Device {
-        /// Only these sections, of: speed blk latency idle
+        /// Only these sections, of: speed blk latency neighbour idle
         sections: Vec<String>,
     },
     /// Whole guests, and what else they could swap to
