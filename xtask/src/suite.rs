@@ -230,6 +230,8 @@ impl Suite<'_> {
     fn unit(&self) -> Result<Tally> {
         let mut command = workspace::cargo();
         command.args(["test", "--workspace", "--no-fail-fast"]);
+        // The benchmarks' own parts have tests, too.
+        command.args(["--features", "cram-tests/bench"]);
         self.repeat(&mut command);
         if let Some(filter) = &self.args.only {
             command.args(["--", filter]);

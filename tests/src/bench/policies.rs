@@ -303,15 +303,16 @@ mod tests {
     fn what_is_used_survives_a_scan_where_it_should() {
         let mut trace: Vec<Name> = Vec::new();
         for round in 0..200 {
-            trace.extend(0..40);
-            trace.extend(0..40);
+            (0..3).for_each(|_| trace.extend(0..40));
             trace.extend((0..100).map(|page| 1000 + round * 100 + page));
         }
         let misses: Vec<_> = all(60)
             .into_iter()
             .map(|mut policy| miss_ratio(&mut *policy, &trace))
             .collect();
-        // Fifo and LRU miss the 40 once in each round, the others hardly ever.
-        assert!(misses[1] > 0.7 && misses[3] < 0.6, "{misses:?}");
+        // Fifo and LRU miss the 40 once in each round, the others hardly ever. (S3-FIFO wants two
+        // uses beside the first to believe in a page, and remembers fewer that went than a scan has.)
+        assert!(misses[0] > 0.6 && misses[1] > 0.6, "{misses:?}");
+        assert!(misses[2] < 0.5 && misses[3] < 0.5, "{misses:?}");
     }
 }

@@ -118,9 +118,9 @@ mod tests {
 
     #[test]
     fn the_models_hold_what_they_are_known_for() {
-        // Two of these fit into a page of zbud; two of those do not.
-        assert_eq!(zbud(&[2000; 100]).full_bytes, 50 * PAGE);
-        assert_eq!(zbud(&[2100; 100]).full_bytes, 100 * PAGE);
+        // Two of these fit into a page of zbud beside its header; two of those do not.
+        assert_eq!(zbud(&[31 * 64; 100]).full_bytes, 50 * PAGE);
+        assert_eq!(zbud(&[31 * 64 + 1; 100]).full_bytes, 100 * PAGE);
         assert_eq!(zbud(&[4096; 10]).full_bytes, 10 * PAGE);
         // 8 pages have room for 16 images of 2048 less their handles.
         let model = zsmalloc(&[2040; 1600]);
