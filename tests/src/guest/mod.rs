@@ -33,7 +33,7 @@ mod verify;
 pub use accelerator::Accelerator;
 pub use agent::{Agent, Finished, JobEvent, JobId};
 pub use artifacts::Artifacts;
-pub use console::Console;
+pub use console::{Console, MAY_RUN_OUT};
 pub use control::{Control, DaemonReading};
 pub use counter::{Counter, Counting};
 pub use daemon::{Daemon, DaemonOptions};
