@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use cram_tests::guest::{
     Artifacts, Daemon, DaemonOptions, Guest, GuestOptions, LoadEvent, LoadOptions, LoadRun,
+    MAY_RUN_OUT,
 };
 
 use self::report::Report;
@@ -331,6 +332,9 @@ impl Watch<'_> {
         let seconds = if quick { 10 } else { 20 };
         let phase = "stress-ng";
         self.series.phase(phase);
+        // It populates more than there is, which reclaim cannot always follow, whatever is swapped to.
+        self.guest
+            .shell(&format!("echo '{MAY_RUN_OUT}' > /dev/kmsg"))?;
         // Over both workers: more than the guest has.
         let mib = self.guest.options().memory_mib * 13 / 10;
         let command = format!(
