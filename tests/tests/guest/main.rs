@@ -3,7 +3,7 @@
 //! The chain from the guest's reclaim to the host's store and back, in whole guests.
 //!
 //! `cargo xtask test` builds what these need and names it in `CRAM_ARTIFACTS`;
-//! without that they say so and pass. docs/testing.md tells more.
+//! without that they say so and fail. docs/testing.md tells more.
 //!
 //! A test whose name begins with `debug_` is another test once more, on the
 //! kernel that checks itself.
