@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use cram_abi::wire::{MAX_WRITABLE, feature};
-use cram_store::{Client, PoolId, PoolKind, PoolSpec, Store, StoreConfig};
-use guest::{RING, Write, memory, table_at, wipe};
+use cram_store::{Client, Store};
+use guest::{POOLS, RING, Write, empty, memory, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
 use vhost_device_cram::execute::{Target, Workspace, execute};
 use vhost_device_cram::request::{Memory, Parsed, Table, Terms};
@@ -47,13 +47,7 @@ thread_local! {
 
 impl Host {
     fn new() -> Self {
-        let store = Store::new(StoreConfig {
-            capacity_bytes: 1 << 20,
-            background: None,
-            ..StoreConfig::default()
-        })
-        .unwrap();
-        let client = store.add_client("guest", None).unwrap();
+        let (store, client) = store();
         let (memory, _file) = memory();
         Self {
             memory,
@@ -66,14 +60,7 @@ impl Host {
     /// As it was in the beginning.
     fn reset(&mut self) {
         wipe(&self.memory);
-        for pool in 0..4 {
-            let _ = self.client.destroy_pool(PoolId(pool));
-        }
-        let spec = PoolSpec {
-            kind: PoolKind::Persistent,
-            refuse_incompressible: false,
-        };
-        self.client.new_pool(PoolId(0), spec).unwrap();
+        empty(&self.client);
     }
 
     fn run(&mut self, table: u8, head: u8, terms: &Terms) {
@@ -102,7 +89,7 @@ fuzz_target!(|input: Input| {
     let terms = Terms {
         features: u64::from(input.features) & feature::ALL,
         indirect: input.indirect,
-        max_pools: 4,
+        max_pools: POOLS,
     };
     HOST.with_borrow_mut(|host| {
         host.reset();

@@ -14,8 +14,8 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::Duration;
 
 use arbitrary::Arbitrary;
-use cram_store::{PoolId, PoolKind, PoolSpec, Store, StoreConfig};
-use guest::{LOW_BYTES, Place, RING, Write, memory, table_at, wipe};
+use cram_store::Store;
+use guest::{LOW_BYTES, POOLS, Place, RING, Write, empty, memory, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::ftruncate;
 use vhost_device_cram::announce::Announcer;
@@ -82,17 +82,11 @@ thread_local! {
 
 impl Host {
     fn new() -> Self {
-        let store = Store::new(StoreConfig {
-            capacity_bytes: 1 << 20,
-            background: None,
-            ..StoreConfig::default()
-        })
-        .unwrap();
-        let account = store.add_client("guest", None).unwrap();
+        let (store, account) = store();
         let offer = Offer {
             request_queues: QUEUES,
             queue_size: RING,
-            max_pools: 4,
+            max_pools: POOLS,
             poll: Duration::ZERO,
             workers: None,
             pin: Vec::new(),
@@ -113,14 +107,7 @@ impl Host {
     }
 
     fn reset(&self) {
-        for pool in 0..4 {
-            let _ = self.guest.account.destroy_pool(PoolId(pool));
-        }
-        let spec = PoolSpec {
-            kind: PoolKind::Persistent,
-            refuse_incompressible: false,
-        };
-        self.guest.account.new_pool(PoolId(0), spec).unwrap();
+        empty(&self.guest.account);
         self.guest.mailbox.clear();
     }
 }
@@ -150,6 +137,8 @@ struct Run {
     file: std::fs::File,
     device: Device,
     vrings: Vec<Vring>,
+    /// The file was cut short at some time.
+    has_shrunk: bool,
     /// What was made available; as long as nothing was done to the queue that makes that moot.
     offered: Vec<Option<u16>>,
 }
@@ -168,6 +157,7 @@ impl Run {
             file,
             device,
             vrings,
+            has_shrunk: false,
             offered: vec![Some(0); usize::from(QUEUES) + 1],
         };
         for queue in 0..=QUEUES {
@@ -212,7 +202,8 @@ impl Run {
         self.offered.fill(None);
     }
 
-    fn kick(&self, queue: u16) {
+    /// False when the device serves no more, since memory went away too often.
+    fn kick(&self, queue: u16) -> bool {
         // Worker 0 has the event queue, the others one request queue each, on two processors or more.
         let workers = self.device.queues_per_thread();
         let of = workers
@@ -223,9 +214,9 @@ impl Run {
             .filter(|queue| workers[of] >> queue & 1 == 1)
             .map(|queue| self.vrings[usize::from(queue)].clone())
             .collect();
-        self.device
-            .handle_event(0, EventSet::IN, &mine, of)
-            .unwrap();
+        let is_served = self.device.handle_event(0, EventSet::IN, &mine, of).is_ok();
+        assert!(is_served || self.has_shrunk, "the connection ended");
+        is_served
     }
 
     fn step(&mut self, step: &Step) {
@@ -256,8 +247,9 @@ impl Run {
                 let queue = number(queue);
                 // The driver's own accesses find memory missing, too.
                 take_lost();
-                self.kick(queue);
-                self.expect_completed(queue);
+                if self.kick(queue) {
+                    self.expect_completed(queue);
+                }
             }
             Step::Ring {
                 queue,
@@ -294,6 +286,7 @@ impl Run {
             }
             Step::Shrink(all) => {
                 self.spoil();
+                self.has_shrunk = true;
                 let len = if *all { 0 } else { LOW_BYTES / 2 };
                 ftruncate(&self.file, len).unwrap();
             }

@@ -63,7 +63,8 @@ pub struct Arguments {
     pub arena: Option<PathBuf>,
 
     /// Store equal pages once: those of each guest, those of all guests (who can then learn from how
-    /// fast a page is stored whether another guest has it), or none
+    /// fast a page is stored whether another guest has it), or none. Guests that an arena knows stay as
+    /// they were put there
     #[arg(long, value_enum, value_name = "WHOSE", default_value_t = Dedup::Guest)]
     pub dedup: Dedup,
 

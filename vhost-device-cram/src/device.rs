@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -35,12 +35,16 @@ use crate::execute::{Target, Workspace, execute};
 use crate::patience::Patience;
 use crate::request::{Memory, Terms};
 use crate::ring::{self, Fault, Vring};
+use crate::sigbus;
 
 /// Pages after which a worker looks at its next queue, and tells the driver what is done: half
 /// a millisecond or so of compression.
 const BATCH_PAGES: u32 = 64;
 /// Chains after which it does so, for requests without pages.
 const BATCH_CHAINS: u32 = 64;
+/// Queues stopped for want of memory after which a connection ends: each time some pages of zeroes
+/// have been mapped, and of mappings a process has so many only.
+const LOSSES_MAX: u32 = 8;
 /// The worker that has the event queue.
 const EVENT_WORKER: usize = 0;
 
@@ -75,6 +79,8 @@ pub struct Device {
     workers: Vec<Worker>,
     /// Queues whose rings cannot be trusted, until they are set up anew.
     stopped: Vec<AtomicBool>,
+    /// How often a queue was stopped since memory was gone.
+    losses: AtomicU32,
     closing: AtomicBool,
     /// The front-end's channel for requests of ours; the relay finds it.
     backend_channel: Mutex<Option<OwnedFd>>,
@@ -99,6 +105,7 @@ impl Device {
             features: AtomicU64::new(0),
             workers,
             stopped,
+            losses: AtomicU32::new(0),
             closing: AtomicBool::new(false),
             backend_channel: Mutex::new(None),
         })
@@ -190,6 +197,11 @@ impl Device {
     fn stop_queue(&self, queue: u16, fault: Fault) {
         if let Some(flag) = self.stopped.get(usize::from(queue)) {
             flag.store(true, Ordering::Release);
+        }
+        // Whatever this worker met with, the queue's next life is another one.
+        let is_lost = sigbus::take_lost() || fault == Fault::MemoryGone;
+        if is_lost && self.losses.fetch_add(1, Ordering::Relaxed) + 1 >= LOSSES_MAX {
+            self.close();
         }
         Counters::add(&self.guest.counters.queues_stopped, 1);
         log::warn!(

@@ -100,6 +100,12 @@ impl StoreOptions {
         const ALL_GUESTS: &str = "all guests";
         if let Some(known) = store.client(name) {
             known.set_quota(quota_bytes);
+            if self.dedup != Dedup::All && known.is_in_sharing_group() {
+                log::warn!(
+                    "{name}: the arena was made with --dedup all, and its equal pages are still stored \
+                     once with those of other guests"
+                );
+            }
             return Ok(known);
         }
         match self.dedup {

@@ -15,11 +15,13 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
+use std::io;
 use std::ops::Range;
-use std::sync::Once;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{c_int, c_void, siginfo_t};
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vmm_sys_util::signal::register_signal_handler;
 
@@ -56,7 +58,7 @@ impl StoreMapping {
     ///
     /// # Errors
     /// When the system does not take the handler.
-    pub fn protect(mapping: Range<usize>) -> std::io::Result<Self> {
+    pub fn protect(mapping: Range<usize>) -> io::Result<Self> {
         let slot = STORE_BEGIN.iter().position(|begin| {
             begin
                 .compare_exchange(0, mapping.start, Ordering::AcqRel, Ordering::Acquire)
@@ -65,8 +67,10 @@ impl StoreMapping {
         if let Some(end) = slot.and_then(|slot| STORE_END.get(slot)) {
             end.store(mapping.end, Ordering::Release);
         }
+        // Made before anything can fail, so that the slot is given back.
+        let protected = Self(slot);
         install()?;
-        Ok(Self(slot))
+        Ok(protected)
     }
 }
 
@@ -82,13 +86,13 @@ impl Drop for StoreMapping {
     }
 }
 
-fn install() -> std::io::Result<()> {
-    static INSTALLED: Once = Once::new();
-    let mut result = Ok(());
-    INSTALLED.call_once(|| {
-        result = register_signal_handler(libc::SIGBUS, on_sigbus).map_err(Into::into);
-    });
-    result
+fn install() -> io::Result<()> {
+    /// What the system said, as an error's number.
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    let install = || register_signal_handler(libc::SIGBUS, on_sigbus).map_err(|e| e.errno());
+    INSTALLED
+        .get_or_init(install)
+        .map_err(io::Error::from_raw_os_error)
 }
 
 /// Calls nothing but what a signal handler may: atomics, a thread's cell, and system calls that do
@@ -120,28 +124,37 @@ fn is_in_store(address: usize) -> bool {
 
 /// Puts zeroes where nothing is any more.
 fn replace(address: usize) -> bool {
-    PAGE_BYTES.iter().any(|bytes| {
+    for bytes in PAGE_BYTES {
         let begin = address & !(bytes - 1);
         // SAFETY: `begin` lies in a mapping, or there would have been another signal, and not in a
         // store's. What else is mapped from a file is memory of guests (of which nobody holds
         // references, only raw pointers and volatile accesses) and the program itself, whose pages
-        // would be no more usable than before. A page of that mapping's own size takes its place,
-        // so nothing is replaced that is not gone: a smaller one is refused, and a larger one not
-        // tried.
+        // would be no more usable than before. A page of that mapping's own size takes its place, so
+        // nothing is replaced that is not gone: a smaller one is refused as invalid, since no page can
+        // be cut, and only that lets a larger one be tried.
         let mapped = unsafe {
             mmap_anonymous(
                 begin as *mut c_void,
-                *bytes,
+                bytes,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
             )
         };
-        mapped.is_ok()
-    })
+        match mapped {
+            Ok(_) => return true,
+            Err(Errno::INVAL) => (),
+            // Nothing larger: what lies around may be anybody's.
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
-/// Has the signal come again, and end the process.
+/// Has the signal come again when the handler is left, and end the process; also one that somebody
+/// sent, which would not come again by itself.
 fn give_up() {
     // SAFETY: no handler of ours is involved any more, and signal() may be called in one.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    // SAFETY: it takes a number, and may be called in a handler.
+    unsafe { libc::raise(libc::SIGBUS) };
 }

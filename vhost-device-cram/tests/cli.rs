@@ -336,6 +336,8 @@ fn a_signal_ends_the_daemon_and_removes_its_sockets() {
         assert_eq!(daemon.end(signal), Some(0));
         assert!(sockets.iter().all(|path| !path.exists()));
     }
+    // One for which there is a handler ends it all the same, when somebody sends it.
+    assert_eq!(Daemon::start().end("-BUS"), None);
 }
 
 #[test]

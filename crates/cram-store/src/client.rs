@@ -347,6 +347,12 @@ impl Client {
         sum.read(account.used_bytes(), quota, account.used_bytes_max())
     }
 
+    /// Whether equal pages of it and of other clients are stored once.
+    #[must_use]
+    pub fn is_in_sharing_group(&self) -> bool {
+        self.domain.account.holder == Holder::SharingGroup
+    }
+
     /// How close this client is to having its puts refused: 0 (far) to 1000 (all are refused). The
     /// store's pressure or that of its own quota, whichever is greater; 1000 while frozen.
     #[must_use]

@@ -4,8 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::account::Holder;
 use crate::arena::{Arena, HEADER_BYTES, Opened, now};
@@ -288,7 +287,9 @@ impl Store {
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         let core = &self.core;
-        let outside = core.budget.held_bytes() - core.arena.spans().held_bytes();
+        // Both change meanwhile.
+        let held = core.budget.held_bytes();
+        let outside = held.saturating_sub(core.arena.spans().held_bytes());
         let stats = self.stats();
         outside + (stats.pages_stored + stats.pages_shared) * HEADER_BYTES as u64
     }

@@ -464,3 +464,20 @@ fn destroying_a_large_pool_stops_nobody() {
     );
     store.check().unwrap();
 }
+
+#[test]
+fn who_is_in_a_sharing_group_stays_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = StoreConfig {
+        backing: cram_store::Backing::File(folder.path().join("arena")),
+        ..config_of(4 << 20)
+    };
+    let store = Store::new(config.clone()).unwrap();
+    let inside = store.add_client_to_group("inside", None, "some").unwrap();
+    let outside = store.add_client("outside", None).unwrap();
+    assert!(inside.is_in_sharing_group() && !outside.is_in_sharing_group());
+    drop((inside, outside, store));
+    let store = Store::new(config).unwrap();
+    let is_inside = |name| store.client(name).unwrap().is_in_sharing_group();
+    assert!(is_inside("inside") && !is_inside("outside"));
+}

@@ -4,9 +4,11 @@
 //! near them, and nowhere; requests that are right but for a byte; anything else.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use cram_abi::wire::HEADER_SIZE;
+use cram_store::{Client, PoolId, PoolKind, PoolSpec, Store, StoreConfig};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -252,4 +254,31 @@ pub fn memory() -> (GuestMemoryMmap<()>, File) {
 pub fn wipe(memory: &GuestMemoryMmap<()>) {
     write(memory, 0, &[0; LOW_BYTES as usize]);
     write(memory, HIGH, &[0; HIGH_BYTES as usize]);
+}
+
+/// Ids of a guest's pools are below this.
+pub const POOLS: u32 = 4;
+
+/// A small store, and a client of it.
+pub fn store() -> (Arc<Store>, Arc<Client>) {
+    let store = Store::new(StoreConfig {
+        capacity_bytes: 1 << 20,
+        background: None,
+        ..StoreConfig::default()
+    })
+    .unwrap();
+    let client = store.add_client("guest", None).unwrap();
+    (store, client)
+}
+
+/// Leaves the client with pool 0, persistent, and nothing in it.
+pub fn empty(client: &Client) {
+    for pool in 0..POOLS {
+        let _ = client.destroy_pool(PoolId(pool));
+    }
+    let spec = PoolSpec {
+        kind: PoolKind::Persistent,
+        refuse_incompressible: false,
+    };
+    client.new_pool(PoolId(0), spec).unwrap();
 }

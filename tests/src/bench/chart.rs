@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use super::figures::{Aim, Figures, Target, show};
+use super::figures::{Aim, Figures, show};
 
 const WIDTH: f64 = 960.0;
 const LABEL: f64 = 300.0;
@@ -298,19 +298,6 @@ pub fn guest(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
             &pick("guest_wall_s"),
         ),
     ]
-}
-
-/// Whether everything that was aimed at was met.
-#[must_use]
-pub fn missed(figures: &Figures, aims: &[Aim]) -> Vec<&'static str> {
-    aims.iter()
-        .filter(|aim| {
-            let value = figures.get(aim.name);
-            let target: Option<Target> = aim.target;
-            matches!((value, target), (Some(value), Some(target)) if !target.is_met(value))
-        })
-        .map(|aim| aim.name)
-        .collect()
 }
 
 #[cfg(test)]

@@ -128,13 +128,10 @@ impl<'a> Flow<'a> {
         let bodies = pages.iter().map(|(_, at)| piece(*at, PAGE_SIZE, is_get));
         let mut table = [0; 16 * (MAX_BATCH + 2)];
         let table = &mut table[..16 * (pages.len() + 2)];
-        let fill = |pieces: &mut dyn Iterator<Item = Piece>, table: &mut [u8]| {
-            Ring::lay_out(pieces, table);
-        };
         if is_get {
-            fill(&mut [head_piece, answer].into_iter().chain(bodies), table);
+            Ring::lay_out(&mut [head_piece, answer].into_iter().chain(bodies), table);
         } else {
-            fill(
+            Ring::lay_out(
                 &mut [head_piece].into_iter().chain(bodies).chain([answer]),
                 table,
             );

@@ -108,7 +108,9 @@ impl Counter {
         let mut text = String::new();
         loop {
             text.clear();
-            line.read_line(&mut text)?;
+            if line.read_line(&mut text)? == 0 {
+                bail!("the counting plugin is gone");
+            }
             let Some((address, count)) = text.trim().split_once(' ') else {
                 return Ok(blocks);
             };

@@ -68,30 +68,7 @@ fn memory_that_is_taken_away_stops_the_queue_that_touches_it() -> Result<()> {
     guest.new_pool(0, pool_flag::PERSISTENT)?;
     guest.put(0, &[1, 2])?;
     // A put of page 2 whose bytes are behind the hole.
-    let request = Request::put(0, 0, &[(2, page(2))]);
-    let head_bytes = request.readable.len() - PAGE_SIZE;
-    let (head, writable) = (
-        guest.memory.allocate(head_bytes, 8)?,
-        guest.memory.allocate(RESPONSE_SIZE, 8)?,
-    );
-    guest.memory.write(head, &request.readable[..head_bytes])?;
-    let pieces = [
-        Piece {
-            address: head,
-            len: u32::try_from(head_bytes)?,
-            writable: false,
-        },
-        Piece {
-            address: guest.memory.behind_the_hole(),
-            len: u32::try_from(PAGE_SIZE)?,
-            writable: false,
-        },
-        Piece {
-            address: writable,
-            len: u32::try_from(RESPONSE_SIZE)?,
-            writable: true,
-        },
-    ];
+    let pieces = put_with_page_at(&guest, guest.memory.behind_the_hole())?;
     guest.memory.take_away(false)?;
     guest.ring(2).submit(&pieces)?;
     guest.ring(2).notify_always()?;
@@ -110,6 +87,59 @@ fn memory_that_is_taken_away_stops_the_queue_that_touches_it() -> Result<()> {
     let mut guest = daemon.connect(0)?;
     assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
     daemon.check_store()
+}
+
+#[test]
+fn memory_that_goes_away_again_and_again_ends_the_connection() -> Result<()> {
+    let daemon = TestDaemon::start(2, CAPACITY)?;
+    let mut other = daemon.connect(1)?;
+    other.new_pool(0, pool_flag::PERSISTENT)?;
+    let mut guest = daemon.connect(0)?;
+    guest.new_pool(0, pool_flag::PERSISTENT)?;
+    let options = Options::default();
+    guest.memory.take_away(false)?;
+    for (times, page_at) in (1..=8).zip((guest.memory.behind_the_hole()..).step_by(0x2000)) {
+        let pieces = put_with_page_at(&guest, page_at)?;
+        guest.ring(2).submit(&pieces)?;
+        guest.ring(2).notify_always()?;
+        stopped(&daemon, times)?;
+        if times < 8 {
+            guest.reset_queue(2, &options)?;
+            let answer = guest.call(2, &Request::query())?;
+            assert_eq!(answer.used as usize, RESPONSE_SIZE + 64, "{times}");
+        }
+    }
+    // Nothing is served any more, until it connects anew.
+    guest.submit(1, &Request::query())?;
+    guest.ring(1).notify_always()?;
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(guest.ring(1).take_used()?.is_none(), "it was served");
+    assert_eq!(other.put(0, &[1])?, [result::OK]);
+    drop(guest);
+    let mut guest = daemon.connect(0)?;
+    assert_eq!(guest.put(0, &[1])?, [result::OK]);
+    daemon.check_store()
+}
+
+/// A put of page 2 whose bytes are said to be somewhere.
+fn put_with_page_at(guest: &Guest, page_at: u64) -> Result<[Piece; 3]> {
+    let request = Request::put(0, 0, &[(2, page(2))]);
+    let head_bytes = request.readable.len() - PAGE_SIZE;
+    let head = guest.memory.allocate(head_bytes, 8)?;
+    let writable = guest.memory.allocate(RESPONSE_SIZE, 8)?;
+    guest.memory.write(head, &request.readable[..head_bytes])?;
+    let piece = |address, len, writable| -> Result<Piece> {
+        Ok(Piece {
+            address,
+            len: u32::try_from(len)?,
+            writable,
+        })
+    };
+    Ok([
+        piece(head, head_bytes, false)?,
+        piece(page_at, PAGE_SIZE, false)?,
+        piece(writable, RESPONSE_SIZE, true)?,
+    ])
 }
 
 #[test]

@@ -3,8 +3,8 @@
 //! Where in the file system the daemon can still do something: its sockets' directories.
 //!
 //! It makes short-lived sockets beside those for guests (`relay.rs` says why), and removes its
-//! sockets when it ends. A rule for a directory holds for all that is below it, too. Everything else is refused: no file is opened, nothing is listed, made or
-//! removed. Descriptors that are open already, the arena's and those that a front-end hands over,
+//! sockets when it ends. A rule for a directory holds for all that is below it, too. Everything else
+//! is refused: no file is opened, nothing is listed, made or removed. Descriptors that are open already, the arena's and those that a front-end hands over,
 //! are not touched by that.
 
 use std::collections::BTreeSet;

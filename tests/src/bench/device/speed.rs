@@ -2,6 +2,7 @@
 
 //! Pages in a second through the device, beside the codec's own, and beside a store that does nothing.
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -39,7 +40,15 @@ struct Act<'a> {
     failed: Result<()>,
 }
 
-impl Act<'_> {
+impl<'a> Act<'a> {
+    fn on(rig: &'a mut Rig) -> Self {
+        Self {
+            rig,
+            round: 0,
+            failed: Ok(()),
+        }
+    }
+
     fn timed(&mut self, ask: Ask, batch: usize, wait: Wait) -> Duration {
         self.round += 1;
         let begun = if ask == Ask::Put {
@@ -69,11 +78,7 @@ fn timed(act: impl FnOnce()) -> Duration {
 fn puts(rig: &mut Rig, extent: Extent, figures: &mut Figures) -> Result<()> {
     let pages = rig.pages.clone();
     let mut codec = Codec::new();
-    let act = std::cell::RefCell::new(Act {
-        rig,
-        round: 0,
-        failed: Ok(()),
-    });
+    let act = RefCell::new(Act::on(rig));
     let turns = Turns::take_timed(
         extent.rounds,
         &mut [
@@ -98,11 +103,7 @@ fn puts(rig: &mut Rig, extent: Extent, figures: &mut Figures) -> Result<()> {
 fn gets(rig: &mut Rig, extent: Extent, figures: &mut Figures) -> Result<()> {
     let count = u32::try_from(rig.pages.len())?;
     let images = Images::of(&rig.pages);
-    let act = std::cell::RefCell::new(Act {
-        rig,
-        round: 0,
-        failed: Ok(()),
-    });
+    let act = RefCell::new(Act::on(rig));
     let turns = Turns::take_timed(
         extent.rounds,
         &mut [

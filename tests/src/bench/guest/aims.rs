@@ -2,7 +2,7 @@
 
 //! What the guests' figures are, and what was aimed at.
 
-use crate::bench::figures::{Aim, Target};
+use crate::bench::figures::{Aim, Target, aim};
 
 /// In the order in which they are printed. Each case has more: `guest_insn_total_…`,
 /// `guest_insn_spread_…` (most / least of its rounds, less 1), `pages_out_…`, `pages_in_…`,
@@ -85,11 +85,3 @@ pub const AIMS: &[Aim] = &[
         Some(Target::AtMost(0.001)),
     ),
 ];
-
-const fn aim(name: &'static str, meaning: &'static str, target: Option<Target>) -> Aim {
-    Aim {
-        name,
-        meaning,
-        target,
-    }
-}

@@ -175,12 +175,15 @@ impl Spans {
         self.budget.release(self.layout.bytes_of(charged));
     }
 
-    /// Gives back a span that was taken and got no memory.
+    /// Gives back a span that was taken and got no memory, or not all that it should.
     pub(super) fn put_back(&self, span: u32) {
-        self.span(span).role.store(0, Release);
-        self.uncharge(span);
+        let entry = self.span(span);
+        entry.role.store(0, Release);
+        // The host may have given a part before it refused; as long as it keeps that, it is charged.
+        entry.populated.store(0, Relaxed);
+        self.strip(span);
         let mut free = self.free.lock();
-        free.bare.push(span);
+        self.list(&mut free, span);
         self.publish(&free);
     }
 
