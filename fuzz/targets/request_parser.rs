@@ -15,6 +15,7 @@ use cram_abi::wire::{MAX_WRITABLE, feature};
 use cram_store::{Client, Store};
 use guest::{POOLS, RING, Write, empty, memory, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
+use vhost_device_cram::balance::{Balance, Policy};
 use vhost_device_cram::execute::{Target, Workspace, execute};
 use vhost_device_cram::request::{Memory, Parsed, Table, Terms};
 
@@ -38,6 +39,7 @@ struct Host {
     memory: Memory,
     store: Arc<Store>,
     client: Arc<Client>,
+    balance: Balance,
     workspace: Workspace,
 }
 
@@ -53,6 +55,7 @@ impl Host {
             memory,
             store,
             client,
+            balance: Balance::new(Policy::default()),
             workspace: Workspace::new(),
         }
     }
@@ -75,6 +78,7 @@ impl Host {
         let target = Target {
             store: &self.store,
             client: &self.client,
+            balance: &self.balance,
             max_pools: terms.max_pools,
         };
         let effect = execute(target, &self.memory, &mut self.workspace, parsed);

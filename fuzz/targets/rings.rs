@@ -90,6 +90,7 @@ impl Host {
             poll: Duration::ZERO,
             workers: None,
             pin: Vec::new(),
+            policy: vhost_device_cram::balance::Policy::default(),
         };
         let guest = Guest::new(
             "guest".into(),

@@ -195,6 +195,7 @@ impl Host {
                 poll: Duration::ZERO,
                 workers: None,
                 pin: Vec::new(),
+                policy: vhost_device_cram::balance::Policy::default(),
             },
         };
         let daemon = Daemon::start(&options).unwrap();

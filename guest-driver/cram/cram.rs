@@ -9,10 +9,11 @@
 //! | [`device`]    | one device: what it does for frontswap, its states, its life         |
 //! | [`queue`]     | one request queue: slots, submitting, completing, waiting            |
 //! | [`request`]   | what is inside a request, and what a response means                  |
+//! | [`balance`]   | squeezing the guest, and taking pages back, as the host wishes       |
 //! | [`areas`]     | which freed slots the device has not heard of yet                    |
 //! | [`events`]    | the event queue                                                      |
 //! | [`stats`]     | counters, and how debugfs shows them                                 |
-//! | [`frontswap`], [`virtio`], [`dma`], [`work`] | the C interfaces, wrapped; nearly all `unsafe` is here |
+//! | [`frontswap`], [`memory`], [`virtio`], [`dma`], [`work`] | the C interfaces, wrapped; nearly all `unsafe` is here |
 //!
 //! Locks, outermost first: `Device::control` (a mutex), a queue's spinlock, an area's spinlock.
 //! Pages are completed with no lock held.
@@ -20,10 +21,12 @@
 use kernel::prelude::*;
 
 mod areas;
+mod balance;
 mod device;
 mod dma;
 mod events;
 mod frontswap;
+mod memory;
 mod queue;
 mod request;
 mod stats;
@@ -57,13 +60,15 @@ struct CramModule {
     _driver: Pin<KBox<virtio::DriverRegistration<device::Device>>>,
     _dir: kernel::sync::Arc<stats::Dir>,
     _workqueue: kernel::sync::Arc<work::Workqueue>,
+    _balance_queue: kernel::sync::Arc<work::Workqueue>,
 }
 
 impl kernel::Module for CramModule {
     fn init(module: &'static ThisModule) -> Result<Self> {
-        let workqueue = work::Workqueue::new(c"cram")?;
+        let workqueue = work::Workqueue::new(c"cram", work::Kind::FreesMemory)?;
+        let balance_queue = work::Workqueue::new(c"cram_balance", work::Kind::TakesItsTime)?;
         let dir = stats::Dir::new(c"cram")?;
-        device::set_surroundings(workqueue.clone(), dir.clone());
+        device::set_surroundings(workqueue.clone(), balance_queue.clone(), dir.clone());
         let driver = virtio::DriverRegistration::new(c"cram", module);
         if driver.is_err() {
             device::clear_surroundings();
@@ -72,6 +77,7 @@ impl kernel::Module for CramModule {
             _driver: driver?,
             _dir: dir,
             _workqueue: workqueue,
+            _balance_queue: balance_queue,
         })
     }
 }

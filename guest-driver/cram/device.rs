@@ -4,8 +4,10 @@
 
 use crate::{
     areas::{self, Areas, Ranges},
+    balance::{Balance, Wishes},
     events::EventQueue,
     frontswap::{self, Batch, Token},
+    memory,
     queue::{Flushed, RequestQueue, Submitted},
     request::{Purpose, Request, Transfer, Waiter},
     stats::{Dir, Show, Stats, StatsFile},
@@ -54,14 +56,23 @@ global_lock! {
 #[derive(Clone)]
 struct Surroundings {
     workqueue: Arc<Workqueue>,
+    balance_queue: Arc<Workqueue>,
     dir: Arc<Dir>,
 }
 
 /// Tells what devices need of the module, before the driver is registered.
-pub(crate) fn set_surroundings(workqueue: Arc<Workqueue>, dir: Arc<Dir>) {
+pub(crate) fn set_surroundings(
+    workqueue: Arc<Workqueue>,
+    balance_queue: Arc<Workqueue>,
+    dir: Arc<Dir>,
+) {
     // SAFETY: Called once, when the module is loaded.
     unsafe { SURROUNDINGS.init() };
-    *SURROUNDINGS.lock() = Some(Surroundings { workqueue, dir });
+    *SURROUNDINGS.lock() = Some(Surroundings {
+        workqueue,
+        balance_queue,
+        dir,
+    });
 }
 
 /// The module leaves.
@@ -115,6 +126,8 @@ struct Control {
 pub(crate) struct Device {
     virtio: VirtioDevice,
     workqueue: Arc<Workqueue>,
+    /// For what may take long: see `balance`.
+    balance_queue: Arc<Workqueue>,
     dir: Arc<Dir>,
     queues: KVec<Pin<KBox<RequestQueue>>>,
     #[pin]
@@ -126,17 +139,26 @@ pub(crate) struct Device {
     pressure: Atomic<u32>,
     leaving: Atomic<bool>,
     gone: Atomic<bool>,
+    /// Pages may be in the guest's memory and in the device at a time.
+    keeps_copies: Atomic<bool>,
+    /// What the host wishes of the guest's memory.
+    wishes: Wishes,
+    #[pin]
+    balance: Mutex<Balance>,
     #[pin]
     control: Mutex<Control>,
     #[pin]
     flush_work: DelayedWork<Device, 0>,
     #[pin]
     control_work: DelayedWork<Device, 1>,
+    #[pin]
+    balance_work: DelayedWork<Device, 2>,
 }
 
 impl_has_delayed_work! {
     impl HasDelayedWork<Device, 0> for Device { self.flush_work }
     impl HasDelayedWork<Device, 1> for Device { self.control_work }
+    impl HasDelayedWork<Device, 2> for Device { self.balance_work }
 }
 
 impl WorkItem<0> for Device {
@@ -152,6 +174,14 @@ impl WorkItem<1> for Device {
 
     fn run(this: Arc<Self>) {
         this.look_after();
+    }
+}
+
+impl WorkItem<2> for Device {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.rebalance();
     }
 }
 
@@ -177,6 +207,7 @@ impl virtio::Driver for Device {
             try_pin_init!(Self {
                 virtio,
                 workqueue: surroundings.workqueue,
+                balance_queue: surroundings.balance_queue,
                 dir: surroundings.dir,
                 queues,
                 events <- EventQueue::new(),
@@ -186,6 +217,9 @@ impl virtio::Driver for Device {
                 pressure: Atomic::new(0),
                 leaving: Atomic::new(false),
                 gone: Atomic::new(false),
+                keeps_copies: Atomic::new(true),
+                wishes: Wishes::new(),
+                balance <- new_mutex!(Balance::new()),
                 control <- new_mutex!(Control {
                     generation: 0,
                     down_since: None,
@@ -194,6 +228,7 @@ impl virtio::Driver for Device {
                 }),
                 flush_work <- new_delayed_work!("cram_flush"),
                 control_work <- new_delayed_work!("cram_control"),
+                balance_work <- new_delayed_work!("cram_balance"),
             }? Error),
             GFP_KERNEL,
         )
@@ -240,6 +275,8 @@ impl virtio::Driver for Device {
 
     fn stop(self: &Arc<Self>) {
         self.leaving.store(true, Relaxed);
+        // Memory that is being reclaimed would go to the disk now.
+        work::cancel::<_, 2>(self);
         self.workqueue.schedule_now::<_, 1>(self);
         let (registration, file) = {
             let mut control = self.control.lock();
@@ -252,6 +289,7 @@ impl virtio::Driver for Device {
         self.gone.store(true, Relaxed);
         work::cancel::<_, 0>(self);
         work::cancel::<_, 1>(self);
+        work::cancel::<_, 2>(self);
         if self.state.load(Relaxed) == state::RUNNING {
             // Nothing is left to be lost; the host need not keep what the guest will not ask for.
             self.control_request(&Request::destroy_pool());
@@ -408,7 +446,15 @@ impl Device {
                     self.schedule_control(PRESSURE_CHECK_MS);
                 }
             }
-            wire::event::GIVE_BACK => self.stats.give_back_pages.add(event.value.get() as usize),
+            wire::event::GIVE_BACK => {
+                self.stats.give_back_pages.add(event.value.get() as usize);
+                self.wishes.give_back(event.value.get());
+                self.schedule_balance_now();
+            }
+            wire::event::SQUEEZE => {
+                self.wishes.squeeze(event.value.get());
+                self.schedule_balance_now();
+            }
             _ => (),
         }
     }
@@ -448,6 +494,53 @@ impl Device {
         if !self.gone.load(Relaxed) {
             self.workqueue
                 .schedule::<_, 0>(self, msecs_to_jiffies(FLUSH_DELAY_MS));
+        }
+    }
+
+    fn schedule_balance_now(self: &Arc<Self>) {
+        if !self.leaving.load(Relaxed) {
+            self.balance_queue.schedule_now::<_, 2>(self);
+        }
+    }
+
+    /// One step towards what the host wishes of the guest's memory.
+    fn rebalance(self: &Arc<Self>) {
+        if self.leaving.load(Relaxed) {
+            return;
+        }
+        let step = self.balance.lock().step(&self.wishes, self.accepts());
+        self.stats.squeezed_pages.add(step.squeezed);
+        self.stats.given_back_pages.add(step.given_back);
+        if let Some(report) = step.report {
+            if self.virtio.has_feature(wire::feature::SQUEEZE)
+                && self.state.load(Relaxed) == state::RUNNING
+            {
+                self.control_request(&Request::report(&report));
+            }
+        }
+        if let Some(delay_ms) = step.next_ms {
+            if !self.leaving.load(Relaxed) {
+                self.balance_queue
+                    .schedule::<_, 2>(self, msecs_to_jiffies(delay_ms));
+            }
+        }
+    }
+
+    /// Does as the host's operator wants. A device that has no policy wants no page twice.
+    fn follow(self: &Arc<Self>, policy: u32) {
+        let policy = match self.virtio.has_feature(wire::feature::POLICY) {
+            true => policy,
+            false => 0,
+        };
+        let keeps = policy & wire::policy::KEEP_COPIES != 0;
+        let kept = self.keeps_copies.xchg(keeps, Relaxed);
+        memory::set_exclusive(!keeps);
+        if kept && !keeps {
+            self.wishes.drop_copies();
+            self.schedule_balance_now();
+        }
+        if self.wishes.set_auto(policy & wire::policy::AUTO_SQUEEZE != 0) {
+            self.schedule_balance_now();
         }
     }
 
@@ -538,6 +631,7 @@ impl Device {
             control.generation = generation;
         }
         self.state.store(state::RUNNING, Relaxed);
+        self.follow(config.policy.get());
         // A full device says when it has room, but news may be late or lost.
         (config.pressure.get() >= wire::PRESSURE_MAX).then_some(PRESSURE_CHECK_MS)
     }
@@ -634,6 +728,12 @@ impl Show for Device {
         writeln!(f, "state {}", state::name(self.state.load(Relaxed)))?;
         writeln!(f, "pressure {}", self.pressure.load(Relaxed))?;
         writeln!(f, "queues {}", self.queues.len())?;
+        let copies = if self.keeps_copies.load(Relaxed) {
+            "keep"
+        } else {
+            "free"
+        };
+        writeln!(f, "copies {copies}")?;
         self.stats.write(f)
     }
 }

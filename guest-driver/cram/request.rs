@@ -106,6 +106,12 @@ impl Request {
             .with_body(bytes_of(core::slice::from_ref(&body)))
     }
 
+    /// report.
+    pub(crate) fn report(report: &wire::Report) -> Self {
+        Self::new(wire::op::REPORT, Default::default(), 0)
+            .with_body(bytes_of(core::slice::from_ref(report)))
+    }
+
     /// destroy_pool.
     pub(crate) fn destroy_pool() -> Self {
         Self::new(wire::op::DESTROY_POOL, Default::default(), 0)

@@ -66,6 +66,10 @@ counters! {
     events,
     /// Pages that the host asked to take back.
     give_back_pages,
+    /// Pages freed because the host wished so.
+    squeezed_pages,
+    /// Pages that the device does not keep any more because the host wished so.
+    given_back_pages,
     /// Times the back-end was lost.
     backend_lost,
     /// Times the device was reset because the back-end stayed away.

@@ -356,7 +356,11 @@ unsafe impl<D: Driver> Send for DriverRegistration<D> {}
 // SAFETY: There is nothing to do with a shared reference.
 unsafe impl<D: Driver> Sync for DriverRegistration<D> {}
 
-static FEATURES: [u32; 1] = [wire::feature::EVENTS.trailing_zeros()];
+static FEATURES: [u32; 3] = [
+    wire::feature::EVENTS.trailing_zeros(),
+    wire::feature::POLICY.trailing_zeros(),
+    wire::feature::SQUEEZE.trailing_zeros(),
+];
 static IDS: Ids = Ids([
     bindings::virtio_device_id {
         device: wire::VIRTIO_ID_CRAM,

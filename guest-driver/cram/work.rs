@@ -12,7 +12,16 @@ use kernel::{
     workqueue::{HasDelayedWork, Work, WorkItem},
 };
 
-/// A workqueue of our own. It has a rescuer: what runs here frees memory.
+/// What runs on a workqueue.
+#[derive(Clone, Copy)]
+pub(crate) enum Kind {
+    /// Others get memory when it is done, so it has a rescuer.
+    FreesMemory,
+    /// It may wait for memory itself, and take long.
+    TakesItsTime,
+}
+
+/// A workqueue of our own.
 pub(crate) struct Workqueue(*mut bindings::workqueue_struct);
 
 // SAFETY: Workqueues may be used from any thread.
@@ -22,8 +31,11 @@ unsafe impl Sync for Workqueue {}
 
 impl Workqueue {
     /// Makes a workqueue.
-    pub(crate) fn new(name: &'static CStr) -> Result<Arc<Self>> {
-        let flags = bindings::wq_flags_WQ_MEM_RECLAIM | bindings::wq_flags_WQ_UNBOUND;
+    pub(crate) fn new(name: &'static CStr, kind: Kind) -> Result<Arc<Self>> {
+        let mut flags = bindings::wq_flags_WQ_UNBOUND;
+        if matches!(kind, Kind::FreesMemory) {
+            flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
+        }
         // SAFETY: `name` is a string without format specifications that lives for ever.
         let ptr = unsafe { bindings::alloc_workqueue_noprof(name.as_char_ptr(), flags, 0) };
         if ptr.is_null() {

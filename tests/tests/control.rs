@@ -47,6 +47,8 @@ fn every_method_is_listed_and_answers() -> Result<()> {
         "client.thaw",
         "client.flush",
         "client.give_back",
+        "client.squeeze",
+        "client.policy",
         "pool.authorise",
         "client.weight",
         "client.remove",
@@ -69,7 +71,7 @@ fn every_method_is_listed_and_answers() -> Result<()> {
         let params = match name {
             "methods" | "version" | "stats" | "clients" | "store.compact" | "store.recompress"
             | "store.anatomy" => json!({}),
-            "client.give_back" => json!({ "client": "guest0", "pages": 1 }),
+            "client.give_back" | "client.squeeze" => json!({ "client": "guest0", "pages": 1 }),
             "pool.authorise" => json!({ "client": "guest0", "uuid": params["uuid"] }),
             _ => json!({ "client": "guest0" }),
         };
@@ -77,6 +79,8 @@ fn every_method_is_listed_and_answers() -> Result<()> {
         if name == "client.remove" {
             // A client that has a socket stays: its guest may come back.
             assert!(answer.is_err(), "guest0 was removed from under its socket");
+        } else if name == "client.squeeze" {
+            assert!(answer.is_err(), "there is no driver that could be squeezed");
         } else {
             answer?;
         }
@@ -182,6 +186,24 @@ fn what_does_not_fit_is_refused_and_says_why() -> Result<()> {
             json!({ "client": "guest0", "pages": 1u64 << 32 }),
             -32602,
             "",
+        ),
+        (
+            "client.give_back",
+            json!({ "client": "guest0", "pages": 1, "bytes": "4K" }),
+            -32602,
+            "either bytes or pages",
+        ),
+        (
+            "client.squeeze",
+            json!({ "client": "guest0" }),
+            -32602,
+            "either bytes or pages",
+        ),
+        (
+            "client.policy",
+            json!({ "client": "guest0", "copies": "some" }),
+            -32602,
+            "unknown variant",
         ),
         (
             "pool.authorise",

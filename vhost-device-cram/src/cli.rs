@@ -8,6 +8,7 @@ use std::time::Duration;
 use cram_abi::wire::MAX_REQUEST_QUEUES;
 use cram_store::Background;
 
+use crate::balance::{Copies, Policy};
 use crate::client::Offer;
 use crate::server::{Options, StoreOptions};
 use crate::size;
@@ -76,6 +77,16 @@ pub struct Arguments {
     #[arg(long, value_name = "PERCENT", default_value_t = 25,
           value_parser = clap::value_parser!(u32).range(1..=100))]
     pub background_cpu: u32,
+
+    /// Pages that a guest loaded back: free the pool's copy at once, keep it until the guest writes
+    /// to the page, or keep it while less than half of the pool is in use
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = Copies::Free)]
+    pub copies: Copies,
+
+    /// Have guests free what they do not use by themselves, slowly, while none of their tasks waits
+    /// for memory
+    #[arg(long)]
+    pub auto_squeeze: bool,
 
     /// Request queues of each guest; one for each of its CPUs is best
     #[arg(long, value_name = "N", default_value_t = 4,
@@ -245,6 +256,10 @@ impl Arguments {
                     .as_ref()
                     .map(|list| list.0.clone())
                     .unwrap_or_default(),
+                policy: Policy {
+                    copies: self.copies,
+                    auto_squeeze: self.auto_squeeze,
+                },
             },
         })
     }

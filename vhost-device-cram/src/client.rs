@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use cram_abi::wire::{Config, MAX_BATCH, PAGE_SHIFT, PRESSURE_MAX, VERSION, state};
+use cram_abi::wire::{Config, MAX_BATCH, PAGE_SHIFT, PRESSURE_MAX, VERSION, feature, state};
 use cram_store::{Client, Store};
 use parking_lot::Mutex;
 
 use crate::announce::{Announcer, is_worth_announcing};
+use crate::balance::{Balance, Fullness, Policy};
 use crate::device::Device;
 use crate::events::Mailbox;
 
@@ -33,6 +34,8 @@ pub struct Offer {
     pub workers: Option<u16>,
     /// The processors that workers run on, one after the other; any when there are none.
     pub pin: Vec<u32>,
+    /// What is wanted of each guest, until the operator says otherwise.
+    pub policy: Policy,
 }
 
 impl Offer {
@@ -75,6 +78,7 @@ impl Counters {
 struct Announced {
     pressure: u32,
     quota_bytes: u64,
+    policy: u32,
 }
 
 /// A guest.
@@ -89,6 +93,8 @@ pub struct Guest {
     pub account: Arc<Client>,
     /// What the guest is offered.
     pub offer: Offer,
+    /// What is wanted of it.
+    pub balance: Balance,
     /// Events that wait.
     pub mailbox: Mailbox,
     /// Rung when the guest changed what the store holds.
@@ -115,12 +121,14 @@ impl Guest {
         let announced = Announced {
             pressure: 0,
             quota_bytes,
+            policy: 0,
         };
         Guest {
             name,
             socket,
             store,
             account,
+            balance: Balance::new(offer.policy),
             offer,
             mailbox: Mailbox::default(),
             announcer,
@@ -142,6 +150,7 @@ impl Guest {
             pressure: self.pressure().into(),
             state: state::READY.into(),
             generation: self.store.generation().into(),
+            policy: self.balance.bits(self.fullness()).into(),
             ..Config::default()
         }
     }
@@ -156,6 +165,14 @@ impl Guest {
         self.account
             .quota_bytes()
             .unwrap_or_else(|| self.store.capacity_bytes())
+    }
+
+    /// How full the pool is for this guest.
+    fn fullness(&self) -> Fullness {
+        let permille = |held: u64, limit: u64| held.saturating_mul(1000) / limit.max(1);
+        let own = self.account.stats().mem_used_total;
+        let all = self.store.stats().mem_used_total;
+        permille(own, self.quota_bytes()).max(permille(all, self.store.capacity_bytes()))
     }
 
     /// Remembers the connection that serves the guest now.
@@ -177,6 +194,7 @@ impl Guest {
     /// Announces pressure and quota where they differ enough from what was announced before.
     pub fn announce_changes(&self) {
         let (pressure, quota_bytes) = (self.pressure(), self.quota_bytes());
+        let policy = self.balance.bits(self.fullness());
         let mut announced = self.announced.lock();
         let pressure_changed = is_worth_announcing(announced.pressure, pressure);
         let quota_changed = announced.quota_bytes != quota_bytes;
@@ -188,8 +206,10 @@ impl Guest {
             announced.quota_bytes = quota_bytes;
             self.mailbox.post_quota(quota_bytes);
         }
+        let policy_changed = announced.policy != policy;
+        announced.policy = policy;
         drop(announced);
-        if (pressure_changed || quota_changed)
+        if (pressure_changed || quota_changed || policy_changed)
             && let Some(device) = self.connection()
         {
             device.announce_config_change();
@@ -197,8 +217,24 @@ impl Guest {
         }
     }
 
+    /// Asks the guest to free pages of its memory: the cold ones come to the pool. False when
+    /// there is no driver that can do so.
+    pub fn ask_to_shrink(&self, pages: u32) -> bool {
+        let Some(device) = self.connection() else {
+            return false;
+        };
+        if !device.has_feature(feature::SQUEEZE) {
+            return false;
+        }
+        self.balance.squeeze_asked(pages);
+        self.mailbox.post_squeeze(pages);
+        device.wake_event_worker();
+        true
+    }
+
     /// Asks the guest to take pages back.
     pub fn ask_to_give_back(&self, pages: u32) {
+        self.balance.give_back_asked(pages);
         self.mailbox.post_give_back(pages);
         if let Some(device) = self.connection() {
             device.wake_event_worker();

@@ -179,6 +179,11 @@ impl Device {
         }
     }
 
+    /// Whether the driver accepted a feature of the device.
+    pub fn has_feature(&self, bit: u64) -> bool {
+        self.features.load(Ordering::Acquire) & bit != 0
+    }
+
     fn terms(&self) -> Terms {
         let features = self.features.load(Ordering::Acquire);
         Terms {
@@ -319,6 +324,7 @@ impl Device {
         let target = Target {
             store: &self.guest.store,
             client: &self.guest.account,
+            balance: &self.guest.balance,
             max_pools: self.guest.offer.max_pools,
         };
         let counters = &self.guest.counters;
@@ -382,7 +388,9 @@ impl Device {
         };
         let mut tools = worker.tools.lock();
         let chain = tools.workspace.chain();
-        let indirect = self.terms().indirect;
+        let Terms {
+            features, indirect, ..
+        } = self.terms();
         let mut state = vring.get_mut();
         if !ring::is_running(&state) {
             return Ok(());
@@ -393,7 +401,7 @@ impl Device {
         loop {
             let mut waiting = ring::pending(queue, &memory)?;
             while waiting > 0 {
-                let Some(event) = self.guest.mailbox.take() else {
+                let Some(event) = self.guest.mailbox.take(features) else {
                     break;
                 };
                 waiting -= 1;

@@ -4,10 +4,10 @@
 //!
 //! Bounded by construction: of each kind only the newest is kept.
 
-use cram_abi::wire::{Event, event};
+use cram_abi::wire::{Event, event, feature};
 use parking_lot::Mutex;
 
-const KINDS: usize = 3;
+const KINDS: usize = event::KINDS;
 
 /// The newest undelivered event of each kind.
 #[derive(Debug, Default)]
@@ -34,6 +34,15 @@ impl Mailbox {
         });
     }
 
+    /// The host would like the guest to free `pages` of its memory.
+    pub fn post_squeeze(&self, pages: u32) {
+        self.post(Event {
+            kind: event::SQUEEZE.into(),
+            value: pages.into(),
+            ..Event::default()
+        });
+    }
+
     /// The quota is now `bytes`.
     pub fn post_quota(&self, bytes: u64) {
         self.post(Event {
@@ -53,9 +62,16 @@ impl Mailbox {
         usize::from(event.kind.get()).wrapping_sub(1)
     }
 
-    /// Takes an event out, if there is one.
-    pub fn take(&self) -> Option<Event> {
-        self.slots.lock().iter_mut().find_map(Option::take)
+    /// Takes an event out, if there is one for a driver with these features; one that waits for
+    /// a driver that cannot know it is forgotten.
+    pub fn take(&self, features: u64) -> Option<Event> {
+        let mut slots = self.slots.lock();
+        if features & feature::SQUEEZE == 0 {
+            for slot in slots.iter_mut() {
+                slot.take_if(|event| event.kind.get() == event::SQUEEZE);
+            }
+        }
+        slots.iter_mut().find_map(Option::take)
     }
 
     /// Puts back an event that could not be delivered, unless there is a newer one.
@@ -86,15 +102,27 @@ mod tests {
         mailbox.post_pressure(100);
         mailbox.post_pressure(200);
         mailbox.post_quota(1 << 30);
-        let first = mailbox.take().unwrap();
+        let first = mailbox.take(feature::ALL).unwrap();
         assert_eq!(
             (first.kind.get(), first.value.get()),
             (event::PRESSURE, 200)
         );
         mailbox.post_pressure(300);
         mailbox.put_back(first);
-        assert_eq!(mailbox.take().unwrap().value.get(), 300);
-        assert_eq!(mailbox.take().unwrap().wide.get(), 1 << 30);
-        assert!(mailbox.take().is_none() && mailbox.is_empty());
+        assert_eq!(mailbox.take(feature::ALL).unwrap().value.get(), 300);
+        assert_eq!(mailbox.take(feature::ALL).unwrap().wide.get(), 1 << 30);
+        assert!(mailbox.take(feature::ALL).is_none() && mailbox.is_empty());
+    }
+
+    #[test]
+    fn a_squeeze_is_only_for_drivers_that_know_it() {
+        let mailbox = Mailbox::default();
+        mailbox.post_squeeze(5);
+        mailbox.post_give_back(6);
+        let kind = |features| mailbox.take(features).map(|event| event.kind.get());
+        assert_eq!(kind(feature::EVENTS), Some(event::GIVE_BACK));
+        assert_eq!(kind(feature::ALL), None);
+        mailbox.post_squeeze(7);
+        assert_eq!(kind(feature::ALL), Some(event::SQUEEZE));
     }
 }

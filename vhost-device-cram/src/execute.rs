@@ -13,6 +13,7 @@ use cram_store::{
     PutResult, Refusal, Scratch, Store,
 };
 
+use crate::balance::Balance;
 use crate::request::{Chain, Memory, Parsed, Request};
 
 // A page is the same thing on the wire and in the store.
@@ -67,6 +68,8 @@ pub struct Target<'a> {
     pub store: &'a Store,
     /// The guest's account in it.
     pub client: &'a Client,
+    /// What the host wants of the guest.
+    pub balance: &'a Balance,
     /// As in the configuration space.
     pub max_pools: u32,
 }
@@ -140,6 +143,10 @@ pub fn execute(
                     }
                     None => response.status = status::NO_POOL,
                 }
+            }
+            Request::Report(report) => {
+                target.balance.report(&report);
+                done(&mut response, 0, 0);
             }
             Request::FlushObject(pool, object) => {
                 effect.changed = true;

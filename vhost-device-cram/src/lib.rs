@@ -19,6 +19,7 @@
 //! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it.
 //! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
 //!   behind a socket, which outlives its connections.
+//! - [`balance`] is what the operator wants of a guest's memory, and what its driver reports.
 //! - [`sandbox`] is what the process gives up when all is open and nothing runs yet: afterwards,
 //!   a room that opens a file, or makes an unusual system call, finds that it cannot.
 //!
@@ -26,6 +27,7 @@
 //! trusted with what.
 
 pub mod announce;
+pub mod balance;
 pub mod cli;
 pub mod client;
 pub mod control;

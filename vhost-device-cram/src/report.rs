@@ -11,6 +11,8 @@ use serde_json::Value;
 
 use crate::size;
 
+const PAGE_SIZE: u64 = cram_abi::wire::PAGE_SIZE as u64;
+
 fn number(value: &Value, name: &str) -> u64 {
     value.get(name).and_then(Value::as_u64).unwrap_or_default()
 }
@@ -178,7 +180,80 @@ pub fn stats(answer: &Value, earlier: Option<(Duration, &Value)>) -> String {
     }
     out.push('\n');
     out.push_str(&table(&rows, 2));
+    out.push_str(&guests_memory(answer));
     out
+}
+
+/// A table of the memory of those guests whose drivers tell of it; empty when none does.
+fn guests_memory(answer: &Value) -> String {
+    let mut rows = vec![
+        ["client", "copies", "squeeze", "give back", "memory", "free"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    for client in list(answer, "clients") {
+        let Some(memory) = client.get("guest_memory").filter(|value| value.is_object()) else {
+            continue;
+        };
+        let pages = |name| size::show(number(memory, name).saturating_mul(PAGE_SIZE));
+        let brief = |name| {
+            let errand = client.get(name).unwrap_or(&Value::Null);
+            let (state, done) = (text(errand, "state"), number(errand, "done_pages"));
+            match done {
+                0 => state.to_owned(),
+                _ => format!("{state}, {}", size::show(done.saturating_mul(PAGE_SIZE))),
+            }
+        };
+        let copies = match flag(client, "auto_squeeze") {
+            true => format!("{}, auto-squeeze", text(client, "copies")),
+            false => text(client, "copies").to_owned(),
+        };
+        rows.push(vec![
+            text(client, "name").to_owned(),
+            copies,
+            brief("squeeze"),
+            brief("give_back"),
+            pages("total_pages"),
+            pages("free_pages"),
+        ]);
+    }
+    match rows.len() {
+        1 => String::new(),
+        _ => format!("\n{}", table(&rows, 4)),
+    }
+}
+
+/// How an errand of a client goes: a line for people, and whether it goes on. `None` when there is
+/// no such client any more, or it is not connected.
+pub fn errand(stats: &Value, client: &str, which: &str) -> Option<(String, bool)> {
+    let client = list(stats, "clients")
+        .iter()
+        .find(|entry| text(entry, "name") == client && flag(entry, "connected"))?;
+    let errand = client.get(which)?;
+    let (asked, done) = (number(errand, "asked_pages"), number(errand, "done_pages"));
+    let state = text(errand, "state");
+    let held = size::show(number(client, "mem_used_total"));
+    let line = format!(
+        "{state}: {} of {} ({}), {held} held by the pool for it\n",
+        size::show(done.saturating_mul(PAGE_SIZE)),
+        size::show(asked.saturating_mul(PAGE_SIZE)),
+        percent(done, asked),
+    );
+    Some((line, matches!(state, "asked" | "working" | "throttled")))
+}
+
+/// The answer to `client.policy`.
+pub fn policy(answer: &Value) -> String {
+    format!(
+        "{}: copies {}, auto-squeeze {}\n",
+        text(answer, "client"),
+        text(answer, "copies"),
+        if flag(answer, "auto_squeeze") {
+            "on"
+        } else {
+            "off"
+        },
+    )
 }
 
 fn state(client: &Value) -> &'static str {

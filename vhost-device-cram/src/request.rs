@@ -15,8 +15,8 @@ use std::ops::Range;
 
 use cram_abi::wire::{
     self, HEADER_SIZE, Header, LIMITS_SIZE, Limits, MAX_BATCH, MAX_DESCRIPTORS, MAX_READABLE,
-    MAX_WRITABLE, NEW_POOL_SIZE, NewPool, PAGE_SIZE, RANGE_SIZE, RESPONSE_SIZE, Response, feature,
-    op, pool_flag, status,
+    MAX_WRITABLE, NEW_POOL_SIZE, NewPool, PAGE_SIZE, RANGE_SIZE, REPORT_SIZE, RESPONSE_SIZE,
+    Report, Response, feature, op, pool_flag, status,
 };
 use cram_store::{ObjectId, Page, PoolId, PoolKind, PoolSpec};
 use virtio_bindings::bindings::virtio_ring::{
@@ -73,6 +73,8 @@ pub enum Request {
     FlushPage(PoolId, ObjectId, usize),
     /// Forget an object.
     FlushObject(PoolId, ObjectId),
+    /// Hear how a squeeze or a give-back goes.
+    Report(Report),
 }
 
 /// What the parser made of a chain.
@@ -340,7 +342,10 @@ impl Chain {
         }
         let header = Header::read_from_bytes(&bytes).map_err(|_| status::BAD_REQUEST)?;
         let code = header.op.get();
-        if code > op::FLUSH_OBJECT || header.flags.get() != 0 {
+        if code > op::REPORT || header.flags.get() != 0 {
+            return Err(status::UNSUPPORTED);
+        }
+        if code == op::REPORT && terms.features & feature::SQUEEZE == 0 {
             return Err(status::UNSUPPORTED);
         }
         if header.reserved.get() != 0 {
@@ -359,6 +364,7 @@ impl Chain {
             op::PUT => (count * (4 + PAGE_SIZE), 0),
             op::GET => (count * 4, count * PAGE_SIZE),
             op::FLUSH_PAGE => (count * RANGE_SIZE, 0),
+            op::REPORT => (REPORT_SIZE, 0),
             _ => (0, 0),
         };
         if readable != (HEADER_SIZE + body) as u64 || writable < (RESPONSE_SIZE + answer) as u64 {
@@ -392,6 +398,7 @@ impl Chain {
                 self.copy_ranges(memory)?;
                 Ok(Request::FlushPage(pool, object, count))
             }
+            op::REPORT => self.copy_report(memory).map(Request::Report),
             _ => Ok(Request::FlushObject(pool, object)),
         }
     }
@@ -460,6 +467,18 @@ impl Chain {
             *index = u32::from_le_bytes(*raw);
         }
         Ok(())
+    }
+
+    fn copy_report(&mut self, memory: &Memory) -> Result<Report, u8> {
+        let mut bytes = [0u8; REPORT_SIZE];
+        if !self.readable.read(memory, HEADER_SIZE as u64, &mut bytes) {
+            return Err(status::BAD_REQUEST);
+        }
+        let report = Report::read_from_bytes(&bytes).map_err(|_| status::BAD_REQUEST)?;
+        if report.reserved.get() != 0 {
+            return Err(status::BAD_REQUEST);
+        }
+        Ok(report)
     }
 
     fn copy_ranges(&mut self, memory: &Memory) -> Result<(), u8> {

@@ -411,8 +411,24 @@ fn cramctl_shows_and_sets() {
         daemon.cramctl(&["flush", "vm1"]),
         "vm1: 0 ephemeral pages dropped\n"
     );
-    let asked = "vm1: asked to take back 5 pages (when it connects)\n";
-    assert_eq!(daemon.cramctl(&["give-back", "vm1", "5"]), asked);
+    let asked = "vm1: asked to take back 5 MiB (when it connects)\n";
+    assert_eq!(daemon.cramctl(&["give-back", "vm1", "5M", "--wait"]), asked);
+    assert_eq!(
+        daemon.cramctl(&["policy", "vm1"]),
+        "vm1: copies free, auto-squeeze off\n"
+    );
+    let changed = [
+        "policy",
+        "vm1",
+        "--copies",
+        "keep",
+        "--auto-squeeze",
+        "true",
+    ];
+    assert_eq!(
+        daemon.cramctl(&changed),
+        "vm1: copies keep, auto-squeeze on\n"
+    );
     let uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
     assert!(
         daemon
@@ -420,9 +436,9 @@ fn cramctl_shows_and_sets() {
             .contains("authorised for")
     );
     assert!(
-        daemon
-            .cramctl(&["methods"])
-            .contains("client.give_back(client, pages (number))")
+        daemon.cramctl(&["methods"]).contains(
+            "client.give_back(client, bytes (number or size) or pages (number); 0 ends it)"
+        )
     );
     assert!(
         daemon

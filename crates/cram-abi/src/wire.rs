@@ -44,8 +44,12 @@ pub mod feature {
     pub const SHARED: u64 = 1 << 2;
     /// Pools may be told to refuse pages that do not compress.
     pub const REFUSE_INCOMPRESSIBLE: u64 = 1 << 3;
+    /// [`super::Config::policy`] has a meaning: see [`super::policy`].
+    pub const POLICY: u64 = 1 << 4;
+    /// The host may ask the guest to shrink, and the driver reports how it goes.
+    pub const SQUEEZE: u64 = 1 << 5;
     /// Every bit that version 1 gives a meaning to.
-    pub const ALL: u64 = EVENTS | EPHEMERAL | SHARED | REFUSE_INCOMPRESSIBLE;
+    pub const ALL: u64 = EVENTS | EPHEMERAL | SHARED | REFUSE_INCOMPRESSIBLE | POLICY | SQUEEZE;
 }
 
 /// Operations: [`Header::op`].
@@ -64,6 +68,8 @@ pub mod op {
     pub const FLUSH_PAGE: u16 = 5;
     /// Forget every page of an object.
     pub const FLUSH_OBJECT: u16 = 6;
+    /// Say how a squeeze or a give-back goes; the body is [`super::Report`].
+    pub const REPORT: u16 = 7;
 }
 
 /// Flags of a pool: [`NewPool::flags`].
@@ -126,6 +132,10 @@ pub mod event {
     pub const GIVE_BACK: u16 = 2;
     /// The client's quota changed; `wide` is the new quota in bytes.
     pub const QUOTA: u16 = 3;
+    /// The host asks for memory of the guest; `value` is the number of pages to free.
+    pub const SQUEEZE: u16 = 4;
+    /// Kinds that version 1 gives a meaning to, numbered from 1 on.
+    pub const KINDS: usize = 4;
 }
 
 /// Bits of [`Config::state`].
@@ -134,12 +144,34 @@ pub mod state {
     pub const READY: u32 = 1 << 0;
 }
 
+/// Bits of [`Config::policy`]: what the host's operator wants of the guest.
+pub mod policy {
+    /// A page that was loaded back may stay in the device as well, until it is written to.
+    pub const KEEP_COPIES: u32 = 1 << 0;
+    /// The driver squeezes the guest gently by itself, while no task waits for memory.
+    pub const AUTO_SQUEEZE: u32 = 1 << 1;
+}
+
+/// How a squeeze or a give-back goes: [`Report::state`].
+pub mod progress {
+    /// It goes on.
+    pub const WORKING: u16 = 1;
+    /// It waits, because tasks of the guest wait for memory.
+    pub const THROTTLED: u16 = 2;
+    /// As much was done as was asked for.
+    pub const DONE: u16 = 3;
+    /// No more could be done.
+    pub const STOPPED: u16 = 4;
+}
+
 /// Bytes of [`Header`].
 pub const HEADER_SIZE: usize = 40;
 /// Bytes of [`NewPool`].
 pub const NEW_POOL_SIZE: usize = 24;
 /// Bytes of [`Range`].
 pub const RANGE_SIZE: usize = 8;
+/// Bytes of [`Report`].
+pub const REPORT_SIZE: usize = 24;
 /// Bytes of [`Response`].
 pub const RESPONSE_SIZE: usize = 80;
 /// Bytes of [`Limits`].
@@ -189,6 +221,38 @@ pub struct Range {
     pub first: U32,
     /// Number of indexes, at least 1; `first + count` is at most 2^32.
     pub count: U32,
+}
+
+/// Body of report.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct Report {
+    /// [`event::SQUEEZE`] or [`event::GIVE_BACK`].
+    pub kind: U16,
+    /// One of [`progress`].
+    pub state: U16,
+    /// Pages that the event asked for.
+    pub asked: U32,
+    /// Pages freed, or taken back, so far.
+    pub done: U32,
+    /// Pages of memory that are free in the guest.
+    pub free: U32,
+    /// Pages of memory that the guest has.
+    pub total: U32,
+    /// Zero.
+    pub reserved: U32,
 }
 
 /// What the device-writable part of every request begins with.
@@ -279,8 +343,12 @@ pub struct Config {
     pub state: U32,
     /// Names one life of the store: another number means that every page and pool is gone.
     pub generation: U64,
+    /// Any of [`policy`].
+    pub policy: U32,
     /// Zero.
-    pub reserved1: [U64; 3],
+    pub reserved1: U32,
+    /// Zero.
+    pub reserved2: [U64; 2],
 }
 
 impl Default for Response {
@@ -316,6 +384,15 @@ const _: () = {
     assert!(offset_of!(Range, first) == 0);
     assert!(offset_of!(Range, count) == 4);
 
+    assert!(size_of::<Report>() == REPORT_SIZE);
+    assert!(offset_of!(Report, kind) == 0);
+    assert!(offset_of!(Report, state) == 2);
+    assert!(offset_of!(Report, asked) == 4);
+    assert!(offset_of!(Report, done) == 8);
+    assert!(offset_of!(Report, free) == 12);
+    assert!(offset_of!(Report, total) == 16);
+    assert!(offset_of!(Report, reserved) == 20);
+
     assert!(size_of::<Response>() == RESPONSE_SIZE);
     assert!(offset_of!(Response, status) == 0);
     assert!(offset_of!(Response, count) == 4);
@@ -346,4 +423,5 @@ const _: () = {
     assert!(offset_of!(Config, pressure) == 24);
     assert!(offset_of!(Config, state) == 28);
     assert!(offset_of!(Config, generation) == 32);
+    assert!(offset_of!(Config, policy) == 40);
 };

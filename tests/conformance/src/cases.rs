@@ -4,8 +4,8 @@
 //! and empty, and no other of the pools 1 to 3.
 
 use cram_abi::wire::{
-    HEADER_SIZE, MAX_BATCH, MAX_READABLE, MAX_WRITABLE, PAGE_SIZE, RESPONSE_SIZE, op, pool_flag,
-    result, status,
+    HEADER_SIZE, MAX_BATCH, MAX_READABLE, MAX_WRITABLE, PAGE_SIZE, RESPONSE_SIZE, Report, op,
+    pool_flag, result, status,
 };
 
 use crate::request::{Request, page};
@@ -243,9 +243,10 @@ fn headers() -> Vec<Case> {
     let good = || put_of(0, 0, &[(1, 11)]);
     let wrong =
         |name, request: Request, status| case(SECTION, name, vec![refused(&request, status)]);
+    let report = || Request::report(&Report::default());
     let too_many = vec![(0, 0); MAX_BATCH + 1];
     vec![
-        wrong("operation 7", header(7, 0), UNSUPPORTED),
+        wrong("operation 8", header(8, 0), UNSUPPORTED),
         wrong("operation 65535", header(u16::MAX, 0), UNSUPPORTED),
         wrong("a flag", spoiled(good(), 2, 1), UNSUPPORTED),
         wrong("the last flag", spoiled(good(), 3, 0x80), UNSUPPORTED),
@@ -265,6 +266,24 @@ fn headers() -> Vec<Case> {
         wrong("query of one", spoiled(Request::query(), 32, 1), BAD),
         wrong("destroy_pool of one", header(op::DESTROY_POOL, 1), BAD),
         wrong("flush_object of one", header(op::FLUSH_OBJECT, 1), BAD),
+        wrong("report of one", spoiled(report(), 32, 1), BAD),
+        wrong("report without a body", header(op::REPORT, 0), BAD),
+        wrong(
+            "a reserved byte of a report",
+            spoiled(report(), HEADER_SIZE + 20, 1),
+            BAD,
+        ),
+        case(
+            "6.2",
+            "a report of anything is heard",
+            vec![
+                step(&report(), Expect::Done { count: 0, pages: 0 }),
+                step(
+                    &spoiled(spoiled(report(), HEADER_SIZE, 0xff), HEADER_SIZE + 2, 0xff),
+                    Expect::Done { count: 0, pages: 0 },
+                ),
+            ],
+        ),
     ]
 }
 

@@ -3,7 +3,7 @@
 //! Requests as bytes.
 
 use cram_abi::wire::{
-    Header, LIMITS_SIZE, NewPool, PAGE_SHIFT, PAGE_SIZE, RESPONSE_SIZE, Range, op,
+    Header, LIMITS_SIZE, NewPool, PAGE_SHIFT, PAGE_SIZE, RESPONSE_SIZE, Range, Report, op,
 };
 use zerocopy::IntoBytes;
 
@@ -126,6 +126,12 @@ impl Request {
             Self::header(op::FLUSH_PAGE, pool, object, ranges.len()),
             &body,
         )
+    }
+
+    /// report.
+    #[must_use]
+    pub fn report(report: &Report) -> Self {
+        Self::new(Self::header(op::REPORT, 0, 0, 0), report.as_bytes())
     }
 
     /// flush_object.

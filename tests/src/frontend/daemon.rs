@@ -55,6 +55,7 @@ impl TestDaemon {
                 poll: Duration::ZERO,
                 workers: None,
                 pin: Vec::new(),
+                policy: vhost_device_cram::balance::Policy::default(),
             },
         };
         change(&mut options);

@@ -210,7 +210,7 @@ impl Daemon {
 }
 
 /// What QEMU names the memory that it shares.
-const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
+pub(super) const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
 
 /// Sum of `Rss` over the mappings of an smaps file, without guests' memory.
 fn resident_own(smaps: &str) -> u64 {

@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use cram_tests::guest::{Failed, Kernel, Stage};
 
-use crate::{chaos, lifecycle, loss, swap};
+use crate::{balance, chaos, lifecycle, loss, swap};
 
 fn debug(name: &str, body: impl FnOnce(&Stage, Kernel) -> Result<()>) -> Result<(), Failed> {
     Stage::run(name, |stage| {
@@ -51,4 +51,14 @@ fn debug_hot_unplug() -> Result<(), Failed> {
 #[test]
 fn debug_kills() -> Result<(), Failed> {
     debug("debug_kills", chaos::kills_on_debug_kernel)
+}
+
+#[test]
+fn debug_kept_once() -> Result<(), Failed> {
+    debug("debug_kept_once", balance::no_page_is_kept_twice)
+}
+
+#[test]
+fn debug_squeezed() -> Result<(), Failed> {
+    debug("debug_squeezed", balance::squeezed_and_given_back)
 }

@@ -10,6 +10,7 @@ use cram_abi::wire::feature;
 use cram_conformance::{Channel, Part, Reply, run};
 use cram_store::{Client, Store, StoreConfig};
 use cram_tests::frontend::{Descriptor, Guest, Memory, Options, PATIENCE, Piece, TestDaemon};
+use vhost_device_cram::balance::{Balance, Policy};
 use vhost_device_cram::execute::{Target, Workspace, execute};
 use vhost_device_cram::request::{Table, Terms};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -91,6 +92,7 @@ struct Direct {
     memory: GuestMemoryMmap<()>,
     store: Arc<Store>,
     client: Arc<Client>,
+    balance: Balance,
     workspace: Workspace,
 }
 
@@ -106,6 +108,7 @@ impl Direct {
             memory: GuestMemoryMmap::from_ranges(&[range])?,
             store,
             client,
+            balance: Balance::new(Policy::default()),
             workspace: Workspace::new(),
         })
     }
@@ -155,6 +158,7 @@ impl Channel for Direct {
         let target = Target {
             store: &self.store,
             client: &self.client,
+            balance: &self.balance,
             max_pools: terms.max_pools,
         };
         let effect = execute(target, &self.memory, &mut self.workspace, parsed);

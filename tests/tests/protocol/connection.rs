@@ -38,7 +38,8 @@ fn the_device_is_what_the_protocol_says() -> Result<()> {
     );
     assert_eq!(config.state.get(), state::READY);
     assert_ne!(config.generation.get(), 0);
-    assert!(config.reserved0 == [0; 3] && config.reserved1 == [0u64; 3]);
+    assert!(config.reserved0 == [0; 3] && config.reserved1 == 0u32);
+    assert!(config.policy == 0u32 && config.reserved2 == [0u64; 2]);
 
     // Part of it.
     let flags = VhostUserConfigFlags::empty();

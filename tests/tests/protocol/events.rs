@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use cram_abi::wire::{event, feature, pool_flag, result};
+use cram_abi::wire::{Report, event, feature, policy, pool_flag, progress, result, status};
 use cram_tests::frontend::{Guest, Options, PATIENCE, Piece, Request, TestDaemon};
 use serde_json::json;
 
@@ -214,5 +214,99 @@ fn a_lying_event_queue_stops_no_request() -> Result<()> {
     guest.reset_queue(0, &Options::default())?;
     let buffers = guest.give_event_buffers(2)?;
     assert_eq!(guest.wait_event(event::GIVE_BACK, &buffers)?.value.get(), 5);
+    Ok(())
+}
+
+#[test]
+fn a_guest_is_squeezed_and_its_driver_reports() -> Result<()> {
+    let (daemon, mut guest) = start()?;
+    let buffers = guest.give_event_buffers(4)?;
+    daemon.call(
+        "client.squeeze",
+        json!({ "client": "guest0", "bytes": "1M" }),
+    )?;
+    let asked = guest.wait_event(event::SQUEEZE, &buffers)?;
+    assert_eq!((asked.value.get(), asked.wide.get()), (256, 0));
+    assert_eq!(
+        daemon.client_stats(0)?["squeeze"],
+        json!({ "state": "asked", "asked_pages": 256, "done_pages": 0 })
+    );
+
+    let mut report = Report {
+        kind: event::SQUEEZE.into(),
+        state: progress::THROTTLED.into(),
+        asked: 256.into(),
+        done: 100.into(),
+        free: 3.into(),
+        total: 1000.into(),
+        reserved: 0.into(),
+    };
+    let answer = guest.call(1, &Request::report(&report))?;
+    assert_eq!(answer.response.status, status::OK);
+    let stats = daemon.client_stats(0)?;
+    assert_eq!(
+        stats["squeeze"],
+        json!({ "state": "throttled", "asked_pages": 256, "done_pages": 100 })
+    );
+    assert_eq!(
+        stats["guest_memory"],
+        json!({ "free_pages": 3, "total_pages": 1000 })
+    );
+
+    // Nonsense is shown as it is, or ignored; it changes nothing else.
+    report.kind = 77.into();
+    report.state = 99.into();
+    assert_eq!(
+        guest.call(1, &Request::report(&report))?.response.status,
+        status::OK
+    );
+    assert_eq!(daemon.client_stats(0)?["squeeze"], stats["squeeze"]);
+    report.reserved = 1.into();
+    assert_eq!(
+        guest.call(1, &Request::report(&report))?.response.status,
+        status::BAD_REQUEST
+    );
+    Ok(())
+}
+
+#[test]
+fn a_driver_without_the_feature_is_not_squeezed() -> Result<()> {
+    let (daemon, guest) = start()?;
+    drop(guest);
+    let options = Options {
+        features: feature::ALL & !feature::SQUEEZE,
+        ..Options::default()
+    };
+    let mut guest = Guest::connect(&daemon.socket(0), &options)?;
+    let refused = daemon.call("client.squeeze", json!({ "client": "guest0", "pages": 1 }));
+    assert!(refused.is_err(), "an old driver was asked");
+    let report = Request::report(&Report::default());
+    assert_eq!(guest.call(1, &report)?.response.status, status::UNSUPPORTED);
+    Ok(())
+}
+
+#[test]
+fn a_policy_is_announced() -> Result<()> {
+    let (daemon, mut guest) = start()?;
+    assert_eq!(guest.config()?.policy.get(), 0);
+    daemon.call(
+        "client.policy",
+        json!({ "client": "guest0", "copies": "keep", "auto_squeeze": true }),
+    )?;
+    assert!(guest.wait_config_change(PATIENCE)?);
+    let both = policy::KEEP_COPIES | policy::AUTO_SQUEEZE;
+    assert_eq!(guest.config()?.policy.get(), both);
+
+    // An adaptive pool gives its copies up when it fills.
+    let adaptive = json!({ "client": "guest0", "copies": "adaptive", "auto_squeeze": false });
+    daemon.call("client.policy", adaptive)?;
+    assert!(guest.wait_config_change(PATIENCE)?);
+    assert_eq!(guest.config()?.policy.get(), policy::KEEP_COPIES);
+    fill(&mut guest)?;
+    let until = std::time::Instant::now() + PATIENCE;
+    while guest.config()?.policy.get() != 0 {
+        assert!(std::time::Instant::now() < until);
+        guest.wait_config_change(PATIENCE)?;
+    }
     Ok(())
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
+use vhost_device_cram::balance::Copies;
 use vhost_device_cram::cli::one_line;
 use vhost_device_cram::control::client::{CallError, Caller};
 use vhost_device_cram::{report, size};
@@ -97,12 +98,38 @@ enum Command {
         #[arg(value_parser = size::parse)]
         size: Option<u64>,
     },
+    /// Ask a client to free so much of its memory: its cold pages come to the pool
+    Squeeze {
+        /// The client's name
+        client: String,
+        /// How much, such as 512M; 0 ends a squeeze that goes on
+        #[arg(value_parser = size::parse)]
+        size: u64,
+        /// Stay until it is done, and show how it goes
+        #[arg(long)]
+        wait: bool,
+    },
     /// Ask a client to take pages back into its own memory
     GiveBack {
         /// The client's name
         client: String,
-        /// How many pages of 4 KiB
-        pages: u32,
+        /// How much, such as 512M; 0 ends what goes on
+        #[arg(value_parser = size::parse)]
+        size: u64,
+        /// Stay until it is done, and show how it goes
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Show what is wanted of a client's memory, or change it
+    Policy {
+        /// The client's name
+        client: String,
+        /// What becomes of the pool's copy of a page that was loaded back
+        #[arg(long, value_enum)]
+        copies: Option<Copies>,
+        /// Whether the client frees by itself what it does not use
+        #[arg(long, value_name = "BOOL")]
+        auto_squeeze: Option<bool>,
     },
     /// Let a client use the shared pool of a uuid
     Authorise {
@@ -254,8 +281,14 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
                 .unwrap_or_default();
             show(&format!("{client}: {pages} ephemeral pages dropped\n"))
         }
-        Command::GiveBack { client, pages } => {
-            let params = json!({ "client": client, "pages": pages });
+        Command::Squeeze { client, size, wait } => {
+            let params = json!({ "client": client, "bytes": size });
+            caller.call("client.squeeze", &params)?;
+            show(&format!("{client}: asked to free {}\n", size::show(size)))?;
+            follow(caller, &client, "squeeze", wait)
+        }
+        Command::GiveBack { client, size, wait } => {
+            let params = json!({ "client": client, "bytes": size });
             let answer = caller.call("client.give_back", &params)?;
             let is_connected = answer.get("connected").and_then(Value::as_bool) == Some(true);
             let note = if is_connected {
@@ -264,8 +297,25 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
                 " (when it connects)"
             };
             show(&format!(
-                "{client}: asked to take back {pages} pages{note}\n"
-            ))
+                "{client}: asked to take back {}{note}\n",
+                size::show(size)
+            ))?;
+            follow(caller, &client, "give_back", wait && is_connected)
+        }
+        Command::Policy {
+            client,
+            copies,
+            auto_squeeze,
+        } => {
+            let mut params = json!({ "client": client });
+            if let Some(copies) = copies {
+                params["copies"] = copies.name().into();
+            }
+            if let Some(auto) = auto_squeeze {
+                params["auto_squeeze"] = auto.into();
+            }
+            let answer = caller.call("client.policy", &params)?;
+            show(&report::policy(&answer))
         }
         Command::Authorise {
             client,
@@ -288,6 +338,27 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
             show(&format!("{answer}\n"))
         }
     }
+}
+
+/// Shows how an errand of a client goes, until it has ended or the client is gone.
+fn follow(caller: &mut Caller, client: &str, errand: &str, wait: bool) -> Result<(), Failure> {
+    const INTERVAL: Duration = Duration::from_millis(500);
+    let mut last = String::new();
+    while wait {
+        std::thread::sleep(INTERVAL);
+        let stats = caller.call("stats", &json!({}))?;
+        let Some((line, goes_on)) = report::errand(&stats, client, errand) else {
+            break;
+        };
+        if line != last {
+            show(&line)?;
+            last = line;
+        }
+        if !goes_on {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn show(text: &str) -> Result<(), Failure> {

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use crate::balance::{Copies, Errand};
 use crate::client::Guest;
 use crate::control::rpc::{Error, INVALID_PARAMS, METHOD_NOT_FOUND, NOT_FOUND};
 use crate::server::Shared;
@@ -112,10 +113,26 @@ const METHODS: &[Method] = &[
         run: flush,
     },
     Method {
+        name: "client.squeeze",
+        params: "client, bytes (number or size) or pages (number); 0 ends it",
+        description: "Ask a client to free so much of its own memory: its cold pages come to the \
+                      pool, slower while its tasks wait for memory. \"stats\" says how it goes.",
+        run: squeeze,
+    },
+    Method {
         name: "client.give_back",
-        params: "client, pages (number)",
-        description: "Ask a client to take pages back into its own memory, as far as it can.",
+        params: "client, bytes (number or size) or pages (number); 0 ends it",
+        description: "Ask a client to take pages back into its own memory, as far as it has free \
+                      memory for them. \"stats\" says how it goes.",
         run: give_back,
+    },
+    Method {
+        name: "client.policy",
+        params: "client, copies (\"free\", \"keep\" or \"adaptive\"; optional), auto_squeeze \
+                 (true or false; optional)",
+        description: "Tell, or set, what becomes of the pool's copy of a page that the client \
+                      loaded back, and whether it frees by itself what it does not use.",
+        run: policy,
     },
     Method {
         name: "pool.authorise",
@@ -220,6 +237,7 @@ fn client_stats(guest: &Guest) -> Value {
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let counters = &guest.counters;
     let reclaim = guest.store.reclaim_target(&guest.account);
+    let policy = guest.balance.policy();
     let pools = guest.account.pools().into_iter();
     let pools: Vec<_> = pools
         .map(|(PoolId(id), pool)| {
@@ -245,6 +263,13 @@ fn client_stats(guest: &Guest) -> Value {
         "quota_bytes": guest.quota_bytes(),
         "weight": guest.account.weight(),
         "pressure": guest.pressure(),
+        "copies": policy.copies.name(),
+        "auto_squeeze": policy.auto_squeeze,
+        "squeeze": errand(&guest.balance.squeeze()),
+        "give_back": errand(&guest.balance.give_back()),
+        "guest_memory": guest.balance.memory().map(|memory| {
+            json!({ "free_pages": memory.free, "total_pages": memory.total })
+        }),
         "reclaim_bytes": reclaim.bytes,
         "reclaim_pages": reclaim.pages,
         "device": {
@@ -467,21 +492,95 @@ fn flush(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
     Ok(json!({ "client": guest.name, "pages": pages }))
 }
 
+/// A client, and so much of its memory.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Amount {
+    client: String,
+    bytes: Option<Bytes>,
+    pages: Option<u32>,
+}
+
+impl Amount {
+    /// In pages, rounded down.
+    fn pages(&mut self) -> Result<u32, Error> {
+        match (self.bytes.take(), self.pages) {
+            (Some(bytes), None) => {
+                let pages = bytes.read()? / wire::PAGE_SIZE as u64;
+                Ok(u32::try_from(pages).unwrap_or(u32::MAX))
+            }
+            (None, Some(pages)) => Ok(pages),
+            _ => Err(Error::new(INVALID_PARAMS, "give either bytes or pages")),
+        }
+    }
+}
+
 fn give_back(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    let mut wanted: Amount = params(given)?;
+    let pages = wanted.pages()?;
+    let guest = guest(shared, &wanted.client)?;
+    guest.ask_to_give_back(pages);
+    log::info!("{}: asked to take back {pages} pages", guest.name);
+    Ok(json!({
+        "client": guest.name,
+        "pages": pages,
+        "connected": guest.is_connected(),
+    }))
+}
+
+fn squeeze(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    let mut wanted: Amount = params(given)?;
+    let pages = wanted.pages()?;
+    let guest = guest(shared, &wanted.client)?;
+    if !guest.ask_to_shrink(pages) {
+        return Err(Error::new(
+            INVALID_PARAMS,
+            format!(
+                "{} is not connected, or its driver is too old to be squeezed",
+                guest.name
+            ),
+        ));
+    }
+    log::info!("{}: asked to free {pages} pages", guest.name);
+    Ok(json!({ "client": guest.name, "pages": pages }))
+}
+
+fn policy(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Params {
         client: String,
-        pages: u32,
+        copies: Option<Copies>,
+        auto_squeeze: Option<bool>,
     }
     let wanted: Params = params(given)?;
     let guest = guest(shared, &wanted.client)?;
-    guest.ask_to_give_back(wanted.pages);
+    let mut now = guest.balance.policy();
+    now.copies = wanted.copies.unwrap_or(now.copies);
+    now.auto_squeeze = wanted.auto_squeeze.unwrap_or(now.auto_squeeze);
+    if now != guest.balance.policy() {
+        guest.balance.set_policy(now);
+        guest.announcer.poke();
+        log::info!(
+            "{}: copies {}, auto_squeeze {}",
+            guest.name,
+            now.copies.name(),
+            now.auto_squeeze
+        );
+    }
     Ok(json!({
         "client": guest.name,
-        "pages": wanted.pages,
-        "connected": guest.is_connected(),
+        "copies": now.copies.name(),
+        "auto_squeeze": now.auto_squeeze,
     }))
+}
+
+fn errand(errand: &Errand) -> Value {
+    json!({
+        "state": errand.state_name(),
+        "asked_pages": errand.asked,
+        "done_pages": errand.done,
+    })
 }
 
 fn authorise(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {

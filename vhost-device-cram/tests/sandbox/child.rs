@@ -72,6 +72,7 @@ pub(crate) fn options(folder: &Path) -> Options {
             poll: std::time::Duration::ZERO,
             workers: None,
             pin: Vec::new(),
+            policy: vhost_device_cram::balance::Policy::default(),
         },
     }
 }
