@@ -177,6 +177,17 @@ impl Daemon {
         &self.control_socket
     }
 
+    /// The daemon's process.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn process_id(&mut self) -> Result<u32> {
+        let process = self.process_mut()?;
+        process.expect_running()?;
+        Ok(process.pid())
+    }
+
     /// Processor time that the daemon's threads have used.
     ///
     /// # Errors

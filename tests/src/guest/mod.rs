@@ -11,6 +11,7 @@
 //! - [`Guest`] is a running QEMU; [`Agent`] speaks with the program inside,
 //!   [`Qmp`] with QEMU, [`Console`] reads what the kernel says.
 //! - [`Counter`] counts what a guest executes; [`RamDisk`] is something else to swap to.
+//! - [`Ledger`] counts what all of it costs the host.
 //! - [`Hold`] and [`Guest::load`] put real data into the guest's memory and verify it.
 //!
 //! Nothing here needs the daemon's own code: it is run as a user runs it.
@@ -22,6 +23,7 @@ mod console;
 mod control;
 mod counter;
 mod daemon;
+mod host_bytes;
 mod machine;
 mod process;
 mod qmp;
@@ -37,6 +39,7 @@ pub use console::{Console, MAY_RUN_OUT};
 pub use control::{Control, DaemonReading};
 pub use counter::{Counter, Counting};
 pub use daemon::{Daemon, DaemonOptions};
+pub use host_bytes::{HostBytes, Ledger, Role, knows_residence, resident};
 pub use machine::{Guest, GuestOptions, Kernel};
 pub use qmp::Qmp;
 pub use ram_disk::RamDisk;

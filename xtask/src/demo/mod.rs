@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use cram_tests::guest::{
-    Artifacts, Daemon, DaemonOptions, Guest, GuestOptions, LoadEvent, LoadOptions, LoadRun,
-    MAY_RUN_OUT,
+    Artifacts, Daemon, DaemonOptions, Guest, GuestOptions, Ledger, LoadEvent, LoadOptions, LoadRun,
+    MAY_RUN_OUT, Role,
 };
 
 use self::report::Report;
@@ -109,6 +109,7 @@ struct Demo<'a> {
     args: &'a DemoArgs,
     daemon: Daemon,
     guest: Guest,
+    ledger: Ledger,
     capacity_bytes: u64,
     report: Report,
     load: LoadOptions,
@@ -125,7 +126,7 @@ impl<'a> Demo<'a> {
             );
             more.extend(["--sandbox", "off"].map(str::to_owned));
         }
-        let daemon = Daemon::start(
+        let mut daemon = Daemon::start(
             artifacts,
             folder,
             DaemonOptions {
@@ -175,8 +176,13 @@ impl<'a> Demo<'a> {
             seed: args.seed,
             ..Report::default()
         };
+        let processes = [
+            (guest.pid(), Role::Qemu),
+            (daemon.process_id()?, Role::Daemon),
+        ];
         Ok(Self {
             args,
+            ledger: Ledger::new(&processes)?,
             daemon,
             guest,
             capacity_bytes,
@@ -195,6 +201,7 @@ impl<'a> Demo<'a> {
             scope.spawn(|| poller.run(&self.guest));
             let mut watch = Watch {
                 daemon: &self.daemon,
+                ledger: &mut self.ledger,
                 guest: &self.guest,
                 poller: &poller,
                 series: &mut series,
@@ -214,7 +221,7 @@ impl<'a> Demo<'a> {
             self.report.problems.push(format!("{error:#}"));
         }
         let guest = self.guest.reading()?;
-        let host = HostNumbers::read(&self.daemon)?;
+        let host = HostNumbers::read(&self.daemon, &self.ledger)?;
         self.report.take_readings(&host, &guest, &series);
         if let Err(error) = self.guest.finish() {
             self.report.problems.push(format!("{error:#}"));
@@ -278,6 +285,7 @@ fn qemu_version(artifacts: &Artifacts) -> String {
 /// Looks at guest and daemon while something runs.
 struct Watch<'a> {
     daemon: &'a Daemon,
+    ledger: &'a mut Ledger,
     guest: &'a Guest,
     poller: &'a GuestPoller,
     series: &'a mut Series,
@@ -286,7 +294,7 @@ struct Watch<'a> {
 
 impl Watch<'_> {
     fn look(&mut self, phase: &str) -> Result<()> {
-        let host = HostNumbers::read(self.daemon)?;
+        let host = HostNumbers::read(self.daemon, self.ledger)?;
         let sample = self.series.add(self.poller.numbers(), host);
         self.view.show(phase, &sample);
         Ok(())
@@ -303,6 +311,7 @@ impl Watch<'_> {
         let mut phases = phases.into_iter();
         let mut phase = phases.next().unwrap_or_default();
         self.series.phase(phase);
+        self.ledger.exact()?;
         let mut run = LoadRun::start(self.guest, options)?;
         let mut step_begin = Instant::now();
         loop {

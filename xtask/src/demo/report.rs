@@ -36,6 +36,13 @@ pub struct Report {
     pub store_bytes_capacity: u64,
     /// Most memory of the daemon, the store included, the guest's own memory not.
     pub daemon_resident_bytes_max: u64,
+    /// Most memory of the host that QEMU and the daemon had together.
+    pub host_bytes_max: u64,
+    /// Of this, QEMU with the guest's memory.
+    pub host_bytes_qemu: u64,
+    /// Most memory that the host would have needed for the same pages had all of them been in the guest:
+    /// computed, QEMU's part and the pages that were in the store.
+    pub host_bytes_without_max: u64,
     /// Bytes that the guest wrote to the swap disk beneath.
     pub disk_swap_bytes: u64,
     /// From the start of the daemon to the end of the last check.
@@ -112,6 +119,12 @@ impl Report {
         self.guest_pswpin = guest.vmstat.get_or_zero("pswpin");
         let samples = || series.samples.iter().map(|sample| sample.host);
         self.daemon_resident_bytes_max = samples().map(|s| s.resident_bytes).max().unwrap_or(0);
+        if let Some(peak) = samples().max_by_key(HostNumbers::needed_bytes) {
+            self.host_bytes_max = peak.needed_bytes();
+            self.host_bytes_qemu = peak.qemu_bytes;
+        }
+        let without = samples().map(|sample| sample.needed_without_bytes());
+        self.host_bytes_without_max = without.max().unwrap_or(0);
         if let Some(fullest) = samples().max_by_key(|sample| sample.pages_stored) {
             self.pages_stored_max = fullest.pages_stored;
             self.compression_ratio = fullest.ratio();
@@ -176,6 +189,21 @@ impl Report {
         self.good = self.problems.is_empty();
     }
 
+    /// What the host needed, and would have needed.
+    fn host_line(&self) -> String {
+        let (with, without) = (self.host_bytes_max, self.host_bytes_without_max.max(1));
+        let share = with * 100 / without;
+        format!(
+            "  host        needed {} at most: {} for QEMU with the guest, {} for the pool; with all of the\n\
+             \x20             pages in the guest it would have needed {}: {} percent of that",
+            human_bytes(with),
+            human_bytes(self.host_bytes_qemu),
+            human_bytes(with.saturating_sub(self.host_bytes_qemu)),
+            human_bytes(without),
+            share
+        )
+    }
+
     /// The summary for people.
     pub fn summary(&self) -> String {
         let mut lines = vec![
@@ -222,6 +250,7 @@ impl Report {
                     .to_owned(),
             );
         }
+        lines.push(self.host_line());
         for problem in &self.problems {
             lines.push(format!("  PROBLEM     {problem}"));
         }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use cram_tests::guest::{Daemon, DaemonReading, Guest};
+use cram_tests::guest::{Daemon, DaemonReading, Guest, Ledger};
 use serde::Serialize;
 
 /// Between two readings of the guest, which cost it some work.
@@ -42,6 +42,8 @@ pub struct HostNumbers {
     pub gets_corrupt: u64,
     /// Memory of the daemon in RAM, its store included, the guests' own memory not.
     pub resident_bytes: u64,
+    /// What QEMU has in RAM, the guest's memory included.
+    pub qemu_bytes: u64,
 }
 
 /// One moment.
@@ -57,8 +59,9 @@ pub struct Sample {
 
 impl HostNumbers {
     /// Reads the daemon.
-    pub fn read(daemon: &Daemon) -> Result<Self> {
+    pub fn read(daemon: &Daemon, ledger: &Ledger) -> Result<Self> {
         let stats: DaemonReading = daemon.control().stats()?;
+        let bytes = ledger.quick()?;
         Ok(Self {
             pages_stored: stats.get("pages_stored")?,
             same_pages: stats.get("same_pages")?,
@@ -71,8 +74,19 @@ impl HostNumbers {
             gets: stats.get("gets")?,
             gets_missing: stats.get("gets_missing")?,
             gets_corrupt: stats.get("gets_corrupt")?,
-            resident_bytes: daemon.resident_bytes(),
+            resident_bytes: bytes.daemon,
+            qemu_bytes: bytes.guest + bytes.qemu,
         })
+    }
+
+    /// What the host needs: QEMU and the daemon.
+    pub fn needed_bytes(&self) -> u64 {
+        self.qemu_bytes + self.resident_bytes
+    }
+
+    /// What the host would need for the same pages without the device: all of them in the guest.
+    pub fn needed_without_bytes(&self) -> u64 {
+        self.qemu_bytes + self.orig_bytes
     }
 
     /// Pages taken.
