@@ -177,6 +177,17 @@ impl Daemon {
         &self.control_socket
     }
 
+    /// The daemon's process.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn process_id(&mut self) -> Result<u32> {
+        let process = self.process_mut()?;
+        process.expect_running()?;
+        Ok(process.pid())
+    }
+
     /// Processor time that the daemon's threads have used.
     ///
     /// # Errors
@@ -210,7 +221,7 @@ impl Daemon {
 }
 
 /// What QEMU names the memory that it shares.
-const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
+pub(super) const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
 
 /// Sum of `Rss` over the mappings of an smaps file, without guests' memory.
 fn resident_own(smaps: &str) -> u64 {

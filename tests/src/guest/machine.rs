@@ -4,6 +4,7 @@
 //! (console, agent, monitor).
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +18,7 @@ use super::agent::Agent;
 use super::artifacts::Artifacts;
 use super::console::Console;
 use super::counter::{self, Counter, Counting};
+use super::daemon::GUEST_MEMORY;
 use super::process::Process;
 use super::qmp::Qmp;
 
@@ -24,6 +26,9 @@ use super::qmp::Qmp;
 const OPEN_LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest may take to boot, with KVM.
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
+/// Blocks of so many free pages are reported to the host, as a power of two. By default they are of
+/// 2 MiB, and reclaim rarely frees so many neighbours.
+const REPORTING_ORDER: u32 = 2;
 /// How long QEMU may take to end when asked.
 const QUIT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -59,6 +64,8 @@ pub struct GuestOptions {
     pub counting: Option<Counting>,
     /// Which kernel and image.
     pub kernel: Kernel,
+    /// Give the guest a balloon that reports its free pages, so that they become the host's.
+    pub reports_free_pages: bool,
     /// More words of the kernel's command line.
     pub words: Vec<String>,
     /// Let a reset reboot the guest rather than end QEMU.
@@ -78,6 +85,7 @@ impl Default for GuestOptions {
             disk_sockets: Vec::new(),
             counting: None,
             kernel: Kernel::Plain,
+            reports_free_pages: false,
             words: Vec::new(),
             reboots: false,
         }
@@ -251,6 +259,29 @@ impl Guest {
         counter.context("the guest's instructions are not counted")
     }
 
+    /// QEMU's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process().pid()
+    }
+
+    /// Bytes of the guest's memory that the host has pages for.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU has ended, or its files are not ours to look at.
+    pub fn ram_bytes(&self) -> Result<u64> {
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid()))? {
+            let path = entry?.path();
+            // A file that was closed meanwhile is none of the guest's memory.
+            let target = std::fs::read_link(&path).unwrap_or_default();
+            if target.to_string_lossy().contains(GUEST_MEMORY) {
+                return Ok(std::fs::metadata(&path)?.blocks() * 512);
+            }
+        }
+        bail!("QEMU has no file with the guest's memory")
+    }
+
     /// What the kernel printed.
     #[must_use]
     pub fn console(&self) -> &Console {
@@ -419,6 +450,9 @@ fn add_lines(command: &mut Command, files: &Files) {
 }
 
 fn add_devices(command: &mut Command, options: &GuestOptions) {
+    if options.reports_free_pages {
+        command.args(["-device", "virtio-balloon-pci,free-page-reporting=on"]);
+    }
     let queues = options.queues;
     for (number, socket) in options.sockets.iter().enumerate() {
         let path = comma_escaped(socket);
@@ -472,6 +506,10 @@ fn command_line(options: &GuestOptions) -> String {
         // The firmware's consent to native hotplug is not asked for, since a kernel without
         // extended configuration space would not get it.
         words.push("pcie_ports=native");
+    }
+    let order = format!("page_reporting.page_reporting_order={REPORTING_ORDER}");
+    if options.reports_free_pages {
+        words.push(&order);
     }
     words.extend(options.words.iter().map(String::as_str));
     words.join(" ")
