@@ -21,7 +21,7 @@ pub struct BenchArgs {
     subject: Option<Subject>,
     /// Only these sections of it; an unknown name lists those that there are
     sections: Vec<String>,
-    /// A look: fewer pages and rounds (the store: two minutes; guests: ten)
+    /// A look: fewer pages and rounds (the store: two minutes; guests: ten; density: five)
     #[arg(long)]
     quick: bool,
 }
@@ -35,14 +35,26 @@ enum Subject {
     Device,
     /// Whole guests, and what else they could swap to
     Guest,
+    /// How much of the host's memory guests take, all told
+    Density,
 }
 
 impl Subject {
+    /// Of the density only the codecs are measured without guests.
+    fn needs_guests(self, sections: &[String]) -> bool {
+        match self {
+            Self::Store | Self::Device => false,
+            Self::Guest => true,
+            Self::Density => sections.is_empty() || sections.iter().any(|name| name != "codec"),
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Store => "store",
             Self::Device => "device",
             Self::Guest => "guest",
+            Self::Density => "density",
         }
     }
 }
@@ -59,7 +71,7 @@ pub fn run(args: &BenchArgs, sources: SourceArgs) -> Result<()> {
     };
     for subject in all {
         let mut command = Command::new(&program);
-        if matches!(subject, Subject::Guest) {
+        if subject.needs_guests(&args.sections) {
             let builder = Builder::open(sources.clone())?;
             builder.artifacts_for_bench()?;
             command.env("CRAM_ARTIFACTS", builder.artifacts_path());

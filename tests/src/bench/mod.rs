@@ -9,6 +9,7 @@
 pub mod chart;
 mod codec;
 pub mod corpus;
+pub mod density;
 pub mod device;
 pub mod figures;
 pub mod guest;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::chart::{self, Panel};
 use super::figures::{Aim, Figures, show};
-use super::{device, guest, store};
+use super::{density, device, guest, store};
 
 /// A subject: its name, what is on top of its part, its aims and its picture.
 type Part = (
@@ -20,7 +20,7 @@ type Part = (
     fn(&Figures, &[Aim]) -> Vec<Panel>,
 );
 
-const PARTS: [Part; 3] = [
+const PARTS: [Part; 4] = [
     (
         "store",
         "The store, by itself",
@@ -38,6 +38,12 @@ const PARTS: [Part; 3] = [
         "Whole guests, and what else they could swap to",
         guest::AIMS,
         chart::guest,
+    ),
+    (
+        "density",
+        "The host's memory, all told",
+        density::AIMS,
+        chart::density,
     ),
 ];
 

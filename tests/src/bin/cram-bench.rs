@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use cram_tests::bench::chart::{self, Panel};
 use cram_tests::bench::figures::{Aim, Figures};
-use cram_tests::bench::{device, guest, page, store};
+use cram_tests::bench::{density, device, guest, page, store};
 use cram_tests::guest::Artifacts;
 
 #[derive(Parser)]
@@ -42,6 +42,11 @@ enum Subject {
     Guest {
         /// Only these sections, of: instructions wall tight idle profile
         sections: Vec<String>,
+    },
+    /// How much of the host's memory guests take, all told
+    Density {
+        /// Only these: loads (cycle cold phases page-cache twins squeeze codec), arms, or LOAD:ARM
+        parts: Vec<String>,
     },
     /// One section, in this process; prints its figures
     #[command(hide = true)]
@@ -79,6 +84,7 @@ fn run(cli: &Cli) -> Result<()> {
             chart::device,
         ),
         Subject::Guest { sections } => bench_guest(cli, sections),
+        Subject::Density { parts } => bench_density(cli, parts),
     }
 }
 
@@ -152,6 +158,28 @@ fn bench_guest(cli: &Cli, sections: &[String]) -> Result<()> {
     );
     let panels = chart::guest(&figures, guest::AIMS);
     report(cli, "guest", &figures, guest::AIMS, &panels)
+}
+
+fn bench_density(cli: &Cli, parts: &[String]) -> Result<()> {
+    std::fs::create_dir_all(&cli.out)
+        .with_context(|| format!("cannot make {}", cli.out.display()))?;
+    let artifacts = Artifacts::from_env()?;
+    let bench = density::Bench {
+        artifacts: artifacts.as_ref(),
+        extent: if cli.quick {
+            density::Extent::QUICK
+        } else {
+            density::Extent::WHOLE
+        },
+        out: &cli.out,
+    };
+    eprintln!("  density:");
+    let figures = bench.run(parts, |figures| {
+        figures.write(&cli.out.join("density.json"))?;
+        page::write(&cli.out)
+    })?;
+    let panels = chart::density(&figures, density::AIMS);
+    report(cli, "density", &figures, density::AIMS, &panels)
 }
 
 /// Writes the figures and their picture, and shows those that were aimed at something.

@@ -33,9 +33,18 @@ impl Control {
     ///
     /// When the daemon is not there, answers with an error, or not within ten seconds.
     pub fn call(&self, method: &str, params: Value) -> Result<Value> {
+        self.call_within(LIMIT, method, params)
+    }
+
+    /// Calls a method whose answer may take so long.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon is not there, answers with an error, or not in time.
+    pub fn call_within(&self, limit: Duration, method: &str, params: Value) -> Result<Value> {
         let mut stream = UnixStream::connect(&self.socket)
             .with_context(|| format!("control socket {}", self.socket.display()))?;
-        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_read_timeout(Some(limit))?;
         let mut request = json!({ "jsonrpc": "2.0", "id": 1, "method": method });
         if !params.is_null() {
             request["params"] = params;

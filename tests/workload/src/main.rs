@@ -8,6 +8,8 @@
 //! - `load` fills anonymous memory with real data, has it swapped out, reads it
 //!   back in several orders from several processes, and compares SHA-256 sums.
 //! - `hold` does the same step by step, as its standard input asks.
+//! - `pace` works on a part of its memory for a while, and says how fast that went and how long
+//!   its touches took.
 //! - `touch` takes memory, to push others out.
 //! - `conform` drives the device itself, with every request that docs/protocol.md
 //!   has something to say about ([`raw`]).
@@ -22,8 +24,10 @@ mod arguments;
 mod crew;
 mod job;
 mod order;
+mod pace;
 mod raw;
 mod region;
+mod times;
 mod touch;
 mod worker;
 
@@ -33,6 +37,7 @@ const USAGE: &str = "\
 usage: cram-workload agent TTY
        cram-workload load --source FILE --mib N [options]
        cram-workload hold --source FILE --mib N [options]
+       cram-workload pace --source FILE --mib N [--offset-mib N]
        cram-workload touch --mib N [--seconds S]
        cram-workload conform
 
@@ -58,6 +63,7 @@ fn main() -> ExitCode {
         "agent" => agent::run(&rest),
         "load" => crew::run_load(&rest),
         "hold" => crew::run_hold(&rest),
+        "pace" => pace::run(&rest),
         "touch" => touch::run(&rest),
         "conform" => raw::run(&rest),
         "worker" => worker::run(&rest),

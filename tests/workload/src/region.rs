@@ -99,6 +99,23 @@ impl Region {
         self.lost[page].store(0, Ordering::SeqCst);
     }
 
+    /// Reads one word of a page. None when the page was lost, now or earlier.
+    pub(crate) fn read_word(&self, page: usize, word: usize) -> Option<u64> {
+        let from = self.address(page).cast::<u64>().wrapping_add(word);
+        assert!(word < PAGE / 8, "word {word} of a page");
+        // SAFETY: `from` is an aligned word within a page of the mapping, which is always readable.
+        let value = unsafe { from.read_volatile() };
+        (self.lost[page].load(Ordering::SeqCst) == 0).then_some(value)
+    }
+
+    /// Writes one word of a page, and leaves the others as they are.
+    pub(crate) fn write_word(&self, page: usize, word: usize, value: u64) {
+        let into = self.address(page).cast::<u64>().wrapping_add(word);
+        assert!(word < PAGE / 8, "word {word} of a page");
+        // SAFETY: `into` is an aligned word within a page of the mapping, which is always writable.
+        unsafe { into.write_volatile(value) };
+    }
+
     /// Asks the kernel to swap the whole region out.
     pub(crate) fn page_out(&self) -> Result<()> {
         let bytes = self.pages * PAGE;
@@ -192,6 +209,10 @@ mod tests {
         assert!(!region.read(2, &mut page), "lost stays lost");
         assert!(region.read(1, &mut page));
         assert_eq!(page, [7; PAGE]);
+        assert_eq!(region.read_word(2, 511), None);
+        region.write(2, &page);
+        region.write_word(2, 511, 5);
+        assert_eq!(region.read_word(2, 511), Some(5));
         region.write(2, &page);
         assert!(region.read(2, &mut page), "written anew it is whole");
         assert_eq!(page, [7; PAGE]);

@@ -25,7 +25,7 @@ type Sum = [u8; 32];
 /// Most wrong pages that are described one by one.
 const DESCRIBED: usize = 4;
 /// Pages read from the source at once.
-const CHUNK_PAGES: usize = 64;
+pub(crate) const CHUNK_PAGES: usize = 64;
 
 /// What a worker is asked to do.
 #[derive(Serialize, Deserialize, Clone, Debug)]
@@ -118,7 +118,7 @@ pub(crate) fn run(words: &[String]) -> Result<ExitCode> {
 
 /// Opens the data so that reading it leaves nothing in the page cache, where the
 /// file system or device allows it.
-fn open_source(path: &str) -> Result<File> {
+pub(crate) fn open_source(path: &str) -> Result<File> {
     let open = |flags| rustix::fs::open(path, flags, Mode::empty());
     let fd: OwnedFd = open(OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC)
         .or_else(|_| open(OFlags::RDONLY | OFlags::CLOEXEC))
@@ -128,7 +128,7 @@ fn open_source(path: &str) -> Result<File> {
 
 /// A page-aligned buffer, as direct reading wants it.
 #[repr(C, align(4096))]
-struct Chunk([u8; CHUNK_PAGES * PAGE]);
+pub(crate) struct Chunk(pub(crate) [u8; CHUNK_PAGES * PAGE]);
 
 impl Worker {
     fn answer(&mut self, ask: &Ask) -> Result<Outcome> {
@@ -288,6 +288,6 @@ impl Outcome {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

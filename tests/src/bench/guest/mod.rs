@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub(in crate::bench) use self::rig::{Backing, swap_on};
 use self::rig::{CASES, Case, Rig};
 use self::run::{Ended, Outcome, load_of};
 use super::figures::{Figures, median};

@@ -11,7 +11,7 @@ use crate::guest::{
 
 /// What a guest can swap to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Backing {
+pub(in crate::bench) enum Backing {
     /// Our device, above the disk.
     Cram,
     /// Compressed memory in the guest, as a block device.
@@ -120,7 +120,7 @@ impl Rig {
         if case.large_folios {
             guest.shell(&format!("echo always > {LARGE_FOLIOS}"))?;
         }
-        swap_on(&guest, case.backing)?;
+        swap_on(&guest, case.backing, SWAP_MIB)?;
         Ok(Self {
             guest,
             daemon,
@@ -182,7 +182,10 @@ impl Moved {
 }
 
 /// Everything but what is swapped to is the kernel's default, and the same for all.
-fn swap_on(guest: &Guest, backing: Backing) -> Result<()> {
+///
+/// # Errors
+/// When a step fails.
+pub(in crate::bench) fn swap_on(guest: &Guest, backing: Backing, zram_mib: u64) -> Result<()> {
     let on = |device: &str| {
         format!("mkswap {device} && sync && echo 100 > /proc/sys/vm/swappiness && swapon {device}")
     };
@@ -197,7 +200,7 @@ fn swap_on(guest: &Guest, backing: Backing) -> Result<()> {
         Backing::Zram => guest
             .shell(&format!(
                 "insmod /lib/modules/zram.ko && echo lz4 > /sys/block/zram0/comp_algorithm && \
-                 echo {SWAP_MIB}M > /sys/block/zram0/disksize && {}",
+                 echo {zram_mib}M > /sys/block/zram0/disksize && {}",
                 on("/dev/zram0")
             ))
             .map(drop),
