@@ -230,7 +230,7 @@ fn cpu_s_of(process: u32) -> Result<f64> {
 ///
 /// # Errors
 /// When the kernel does not say.
-pub fn resident(file: &File) -> Result<u64> {
+fn resident(file: &File) -> Result<u64> {
     match cached_pages(file) {
         Some(pages) => Ok(pages * rustix::param::page_size() as u64),
         // Before Linux 6.5. Of shared memory it also counts what is swapped out, so it is right where

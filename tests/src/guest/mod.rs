@@ -39,7 +39,7 @@ pub use console::{Console, MAY_RUN_OUT};
 pub use control::{Control, DaemonReading};
 pub use counter::{Counter, Counting};
 pub use daemon::{Daemon, DaemonOptions};
-pub use host_bytes::{HostBytes, Ledger, Role, knows_residence, resident};
+pub use host_bytes::{HostBytes, Ledger, Role, knows_residence};
 pub use machine::{Guest, GuestOptions, Kernel};
 pub use qmp::Qmp;
 pub use ram_disk::RamDisk;

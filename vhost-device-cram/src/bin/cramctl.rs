@@ -285,7 +285,10 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
             let params = json!({ "client": client, "bytes": size });
             caller.call("client.squeeze", &params)?;
             show(&format!("{client}: asked to free {}\n", size::show(size)))?;
-            follow(caller, &client, "squeeze", wait)
+            if wait {
+                follow(caller, &client, "squeeze")?;
+            }
+            Ok(())
         }
         Command::GiveBack { client, size, wait } => {
             let params = json!({ "client": client, "bytes": size });
@@ -300,7 +303,10 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
                 "{client}: asked to take back {}{note}\n",
                 size::show(size)
             ))?;
-            follow(caller, &client, "give_back", wait && is_connected)
+            if wait && is_connected {
+                follow(caller, &client, "give_back")?;
+            }
+            Ok(())
         }
         Command::Policy {
             client,
@@ -341,24 +347,23 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
 }
 
 /// Shows how an errand of a client goes, until it has ended or the client is gone.
-fn follow(caller: &mut Caller, client: &str, errand: &str, wait: bool) -> Result<(), Failure> {
+fn follow(caller: &mut Caller, client: &str, errand: &str) -> Result<(), Failure> {
     const INTERVAL: Duration = Duration::from_millis(500);
     let mut last = String::new();
-    while wait {
+    loop {
         std::thread::sleep(INTERVAL);
         let stats = caller.call("stats", &json!({}))?;
         let Some((line, goes_on)) = report::errand(&stats, client, errand) else {
-            break;
+            return Ok(());
         };
         if line != last {
             show(&line)?;
             last = line;
         }
         if !goes_on {
-            break;
+            return Ok(());
         }
     }
-    Ok(())
 }
 
 fn show(text: &str) -> Result<(), Failure> {

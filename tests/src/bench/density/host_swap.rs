@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FileType, Mode};
 
-use super::bytes;
+use crate::guest::knows_residence;
 
 const ZRAM_CONTROL: &str = "/sys/class/zram-control";
 const ZSWAP: &str = "/sys/module/zswap/parameters";
@@ -39,7 +39,7 @@ pub(super) fn missing(means: Means) -> Option<String> {
     if Group::parent().is_none() {
         return Some("there is no memory cgroup to make one in".to_owned());
     }
-    if !bytes::knows_residence() {
+    if !knows_residence() {
         return Some(
             "the kernel does not say what of a file is in memory (Linux 6.5 does)".to_owned(),
         );

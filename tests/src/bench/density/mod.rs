@@ -10,7 +10,6 @@
 
 mod aims;
 mod arms;
-mod bytes;
 mod codec;
 mod derive;
 mod host_swap;

@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::arms::{Arm, Swap};
-use super::bytes::{Ledger, Role};
 use super::host_swap::{Gauge, HostSwap};
 use crate::bench::guest::{Backing, swap_on};
 use crate::guest::{Artifacts, Control, Counting, Daemon, DaemonOptions, Guest, GuestOptions};
+use crate::guest::{Ledger, Role};
 
 /// Room for whatever is swapped out. Nobody is measured at being full.
 const SWAP_MIB: u64 = 1536;

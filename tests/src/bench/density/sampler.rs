@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::bytes::{Bytes, Ledger};
 use super::host_swap::Gauge;
 use crate::bench::figures::median;
+use crate::guest::{HostBytes, Ledger};
 
 /// Between two readings.
 const EVERY: Duration = Duration::from_millis(100);
@@ -25,7 +25,7 @@ const EXACT_EVERY: Duration = Duration::from_secs(5);
 pub(super) struct Sample {
     /// Seconds since sampling began.
     pub(super) at_s: f64,
-    pub(super) bytes: Bytes,
+    pub(super) bytes: HostBytes,
     /// What the host's own compressed swap holds.
     pub(super) host_pool: u64,
 }
@@ -155,7 +155,11 @@ impl Drop for Sampler {
     }
 }
 
-fn read(ledger: &mut Ledger, gauge: Option<&Gauge>, is_exact: bool) -> Result<(Bytes, u64, f64)> {
+fn read(
+    ledger: &mut Ledger,
+    gauge: Option<&Gauge>,
+    is_exact: bool,
+) -> Result<(HostBytes, u64, f64)> {
     let quick = ledger.quick()?;
     let (bytes, error) = if is_exact {
         let exact = ledger.exact()?;
@@ -226,8 +230,8 @@ fn number(bytes: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::bytes::Role;
     use super::*;
+    use crate::guest::Role;
 
     #[test]
     fn it_reads_on_until_it_is_told_to_stop() {
