@@ -6,7 +6,8 @@
 //!
 //! | module        | holds                                                               |
 //! |---------------|---------------------------------------------------------------------|
-//! | [`device`]    | one device: what it does for frontswap, its states, its life         |
+//! | [`device`]    | one device: what it does for frontswap, its states, its life; below it `watchdog`, for a back-end that does not answer |
+//! | [`turn`]      | who resets the device                                                |
 //! | [`queue`]     | one request queue: slots, submitting, completing, waiting            |
 //! | [`request`]   | what is inside a request, and what a response means                  |
 //! | [`balance`]   | squeezing the guest, and taking pages back, as the host wishes       |
@@ -15,8 +16,9 @@
 //! | [`stats`]     | counters, and how debugfs shows them                                 |
 //! | [`frontswap`], [`memory`], [`virtio`], [`dma`], [`work`] | the C interfaces, wrapped; nearly all `unsafe` is here |
 //!
-//! Locks, outermost first: `Device::control` (a mutex), a queue's spinlock, an area's spinlock.
-//! Pages are completed with no lock held.
+//! Locks, outermost first: `Device::control` and `Device::asking` (mutexes), a queue's spinlock, an
+//! area's spinlock. A [`turn::Turn`] is only ever tried for under `control`, so whoever has it may
+//! take `control`. Pages are completed with no lock held, but for loads that are given up.
 
 use kernel::prelude::*;
 
@@ -30,6 +32,7 @@ mod memory;
 mod queue;
 mod request;
 mod stats;
+mod turn;
 mod virtio;
 #[path = "../../crates/cram-abi/src/wire.rs"]
 #[allow(dead_code, unreachable_pub)]
@@ -51,6 +54,14 @@ module! {
         down_grace_ms: u32 {
             default: 5000,
             description: "How long to wait for a lost back-end before its pages are given up, in milliseconds",
+        },
+        stall_ms: u32 {
+            default: 1000,
+            description: "How long a queue may go without an answer before pages are refused, in milliseconds; 0 is for ever",
+        },
+        load_timeout_ms: u32 {
+            default: 30000,
+            description: "How long a queue may go without an answer before loads fail, in milliseconds",
         },
     },
 }

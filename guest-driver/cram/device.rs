@@ -2,15 +2,20 @@
 
 //! One device: what it does for frontswap, its states, its life.
 
+mod host;
+mod swap;
+mod watchdog;
+
+use self::watchdog::Look;
 use crate::{
-    areas::{self, Areas, Ranges},
+    areas::Areas,
     balance::{Balance, Wishes},
     events::EventQueue,
-    frontswap::{self, Batch, Token},
-    memory,
-    queue::{Flushed, RequestQueue, Submitted},
-    request::{Purpose, Request, Transfer, Waiter},
+    frontswap,
+    queue::{Gate, RequestQueue, Submitted},
+    request::{Purpose, Request},
     stats::{Dir, Show, Stats, StatsFile},
+    turn::Turn,
     virtio::{self, VirtioDevice},
     wire,
     work::{self, Workqueue}, //
@@ -18,23 +23,20 @@ use crate::{
 use kernel::{
     global_lock,
     new_mutex,
+    new_spinlock_irq,
     prelude::*,
     sync::{
         atomic::{ordering::Relaxed, Atomic},
         Arc,
-        Mutex, //
+        Mutex,
+        SpinLockIrq, //
     },
     time::{delay::fsleep, msecs_to_jiffies, Delta, Instant, Monotonic},
     workqueue::{impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem}, //
 };
 
-/// Freed slots are reported after this time, so that many go at once.
-const FLUSH_DELAY_MS: u32 = 10;
 /// How often a full device is asked whether it has room again, at the least.
 const PRESSURE_CHECK_MS: u32 = 200;
-/// How often a processor that watches for an answer pauses between two looks: a fraction of a
-/// microsecond.
-const PAUSES: u32 = 16;
 /// How long to wait for the answer to a request that no page depends on.
 const CONTROL_TIMEOUT_S: i64 = 2;
 /// How often to look for it.
@@ -83,16 +85,21 @@ pub(crate) fn clear_surroundings() {
 /// What the driver does with requests.
 ///
 /// ```text
+///                               no answer for stall_ms   ... load_timeout_ms
+///                                      ┌───────► STALLED ───────► HUNG
+///                                      │ ◄─────────┴── answers ─────┘
 ///   SETTING_UP ──── new_pool worked ────► RUNNING ◄─┐
 ///       ▲                                  │   │    │ READY is back,
 ///       │◄─────── another generation ──────┘   │    │ same generation
-///       │                     READY is gone    ▼    │
+///       │         READY is gone, from any      ▼    │
 ///       │◄─────── another generation ──────── DOWN ─┤
 ///       │              down_grace_ms passed:   │    │
 ///       │                     device reset     ▼    │
 ///       └──────── another generation ──────── LOST ─┘
 /// ```
 mod state {
+    use super::Gate;
+
     /// There is no pool yet. Pages are refused.
     pub(super) const SETTING_UP: u32 = 0;
     /// Pages are put and got.
@@ -101,15 +108,38 @@ mod state {
     pub(super) const DOWN: u32 = 2;
     /// The back-end stays away. Gets fail.
     pub(super) const LOST: u32 = 3;
+    /// The back-end does not answer, maybe not for long. Pages are refused; gets wait.
+    pub(super) const STALLED: u32 = 4;
+    /// The back-end still does not answer. Gets fail.
+    pub(super) const HUNG: u32 = 5;
 
     pub(super) fn name(state: u32) -> &'static str {
         match state {
             SETTING_UP => "setting-up",
             RUNNING => "running",
             DOWN => "down",
+            STALLED => "stalled",
+            HUNG => "hung",
             _ => "lost",
         }
     }
+
+    /// What the queues take.
+    pub(super) fn gate(state: u32) -> Gate {
+        match state {
+            RUNNING => Gate::Open,
+            DOWN | STALLED => Gate::Loads,
+            _ => Gate::Shut,
+        }
+    }
+}
+
+/// The answer to the driver's own question. Whoever asks holds `Device::asking`.
+struct Asked {
+    /// Which question.
+    number: u64,
+    /// The answer, or that there will be none.
+    answer: Option<Option<wire::Response>>,
 }
 
 /// What only the control work, probe and remove touch.
@@ -117,6 +147,8 @@ struct Control {
     /// The generation that the pool is of; 0 is none.
     generation: u64,
     down_since: Option<Instant<Monotonic>>,
+    /// What the watchdog has seen of each queue.
+    looks: KVec<Look>,
     registration: Option<frontswap::Registration<Device>>,
     file: Option<StatsFile<Device>>,
 }
@@ -145,6 +177,16 @@ pub(crate) struct Device {
     wishes: Wishes,
     #[pin]
     balance: Mutex<Balance>,
+    /// There is more to be flushed than had room.
+    flush_waits: Atomic<bool>,
+    /// Somebody will look whether requests are answered.
+    watched: Atomic<bool>,
+    #[pin]
+    turn: Turn,
+    #[pin]
+    asking: Mutex<()>,
+    #[pin]
+    asked: SpinLockIrq<Asked>,
     #[pin]
     control: Mutex<Control>,
     #[pin]
@@ -153,12 +195,15 @@ pub(crate) struct Device {
     control_work: DelayedWork<Device, 1>,
     #[pin]
     balance_work: DelayedWork<Device, 2>,
+    #[pin]
+    watch_work: DelayedWork<Device, 3>,
 }
 
 impl_has_delayed_work! {
     impl HasDelayedWork<Device, 0> for Device { self.flush_work }
     impl HasDelayedWork<Device, 1> for Device { self.control_work }
     impl HasDelayedWork<Device, 2> for Device { self.balance_work }
+    impl HasDelayedWork<Device, 3> for Device { self.watch_work }
 }
 
 impl WorkItem<0> for Device {
@@ -173,6 +218,8 @@ impl WorkItem<1> for Device {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
+        // Others may wait for what this does in order to get memory.
+        let _noio = work::NoIo::begin();
         this.look_after();
     }
 }
@@ -198,9 +245,11 @@ impl virtio::Driver for Device {
         }
 
         let mut queues = KVec::new();
+        let mut looks = KVec::new();
         let cpus = u16::try_from(kernel::cpu::nr_cpu_ids()).unwrap_or(u16::MAX);
         for _ in 0..config.num_request_queues.get().min(cpus) {
             queues.push(RequestQueue::new()?, GFP_KERNEL)?;
+            looks.push(Look::default(), GFP_KERNEL)?;
         }
 
         Arc::pin_init(
@@ -220,15 +269,25 @@ impl virtio::Driver for Device {
                 keeps_copies: Atomic::new(true),
                 wishes: Wishes::new(),
                 balance <- new_mutex!(Balance::new()),
+                flush_waits: Atomic::new(false),
+                watched: Atomic::new(false),
+                turn <- Turn::new(),
+                asking <- new_mutex!(()),
+                asked <- new_spinlock_irq!(Asked {
+                    number: 0,
+                    answer: None,
+                }),
                 control <- new_mutex!(Control {
                     generation: 0,
                     down_since: None,
+                    looks,
                     registration: None,
                     file: None,
                 }),
                 flush_work <- new_delayed_work!("cram_flush"),
                 control_work <- new_delayed_work!("cram_control"),
                 balance_work <- new_delayed_work!("cram_balance"),
+                watch_work <- new_delayed_work!("cram_watch"),
             }? Error),
             GFP_KERNEL,
         )
@@ -251,19 +310,21 @@ impl virtio::Driver for Device {
                 queue.open(vq);
             }
         }
+        // After a reset, something may have changed or may be left to do.
+        self.schedule_control_now();
         Ok(())
     }
 
     fn start(self: &Arc<Self>) -> Result {
         self.look_after();
+        // Nothing is allocated under the lock: what gives memory free may wait for who has it.
+        let file = StatsFile::new(&self.dir, self.virtio.index(), self.clone())?;
         let registration = frontswap::Registration::new(self.clone())?;
-        let mut control = self.control.lock();
-        control.registration = Some(registration);
-        control.file = Some(StatsFile::new(
-            &self.dir,
-            self.virtio.index(),
-            self.clone(),
-        )?);
+        {
+            let mut control = self.control.lock();
+            control.registration = Some(registration);
+            control.file = Some(file);
+        }
         pr_info!(
             "virtio{}: {} queues, {}\n",
             self.virtio.index(),
@@ -287,20 +348,31 @@ impl virtio::Driver for Device {
         drop(registration);
 
         self.gone.store(true, Relaxed);
-        work::cancel::<_, 0>(self);
-        work::cancel::<_, 1>(self);
-        work::cancel::<_, 2>(self);
+        self.cancel_work();
         if self.state.load(Relaxed) == state::RUNNING {
             // Nothing is left to be lost; the host need not keep what the guest will not ask for.
             self.control_request(&Request::destroy_pool());
         }
     }
 
-    fn disconnected(&self) {
+    fn disconnected(self: &Arc<Self>) {
         self.events.close();
         for queue in self.queues.iter() {
-            queue.close(|purpose| self.end(purpose, None));
+            queue.close(|purpose| self.end(queue, purpose, None));
         }
+        if self.gone.load(Relaxed) {
+            // Interrupts may have left some until the reset.
+            self.cancel_work();
+        }
+    }
+
+    fn broken(self: &Arc<Self>) {
+        pr_err!("virtio{}: the device is broken\n", self.virtio.index());
+        self.set_state(state::LOST);
+    }
+
+    fn turn(&self) -> &Turn {
+        &self.turn
     }
 
     fn queue_interrupt(self: &Arc<Self>, index: u16) {
@@ -332,6 +404,11 @@ fn is_ready(config: &wire::Config) -> bool {
     config.state.get() & wire::state::READY != 0
 }
 
+/// Did the device do what it was asked? An error of its own may pass, others would come again.
+fn was_executed(response: Option<&wire::Response>) -> bool {
+    response.is_some_and(|response| response.status != wire::status::DEVICE_ERROR)
+}
+
 /// Refuses a back-end that this driver cannot work with.
 fn check(config: &wire::Config) -> Result {
     if config.version.get() != wire::VERSION {
@@ -358,11 +435,20 @@ fn check(config: &wire::Config) -> Result {
 }
 
 impl Device {
-    /// The queue that carries a batch, whose slots are all of one region.
-    fn queue_of_batch(&self, batch: &Batch<'_>) -> Option<&RequestQueue> {
-        let offset = batch.segments().next()?.offset as usize;
-        let index = areas::queue_of(offset, self.queues.len());
-        self.queues.get(index).map(|queue| &**queue)
+    /// Changes the state, and what the queues take. Whoever submits looks at that under the
+    /// queue's lock.
+    fn set_state(&self, state: u32) {
+        self.state.store(state, Relaxed);
+        for queue in self.queues.iter() {
+            queue.set_gate(state::gate(state));
+        }
+    }
+
+    fn cancel_work(self: &Arc<Self>) {
+        work::cancel::<_, 0>(self);
+        work::cancel::<_, 1>(self);
+        work::cancel::<_, 2>(self);
+        work::cancel::<_, 3>(self);
     }
 
     fn schedule_control_now(self: &Arc<Self>) {
@@ -380,16 +466,23 @@ impl Device {
 
     /// Ends everything that the device has answered on a queue.
     fn reap(self: &Arc<Self>, queue: &RequestQueue) {
-        while let Some(answer) = queue.answer() {
+        while queue.has_answer() {
+            let Some(answer) = queue.answer() else { break };
             if matches!(answer.response.status, wire::status::NO_POOL) {
                 self.schedule_control_now();
             }
-            self.end(answer.purpose, Some(&answer.response));
+            self.end(queue, answer.purpose, Some(&answer.response));
+            self.answer_seen();
         }
     }
 
     /// Ends a request. Without a response, it was lost.
-    fn end(&self, purpose: Purpose, response: Option<&wire::Response>) {
+    fn end(
+        self: &Arc<Self>,
+        queue: &RequestQueue,
+        purpose: Purpose,
+        response: Option<&wire::Response>,
+    ) {
         match purpose {
             Purpose::Store(transfer) => {
                 let executed = response.is_some_and(|response| response.status == wire::status::OK);
@@ -398,35 +491,73 @@ impl Device {
                     for (offset, pages) in transfer.segments() {
                         self.areas.mark(transfer.swap_type(), offset, pages);
                     }
+                    self.schedule_flush();
                 }
-                transfer.end(response, |result| self.stats.count_put(result));
+                let mut ok = 0;
+                transfer.end(response, |result| match result {
+                    wire::result::OK => ok += 1,
+                    other => self.stats.count_put(other),
+                });
+                self.stats.puts_ok.add(ok);
             }
             Purpose::Load(transfer) => {
-                transfer.end(response, |result| self.stats.count_get(result))
+                if response.is_none() && self.state.load(Relaxed) != state::LOST {
+                    // The pages are still there; the device will be, too.
+                    self.stats.loads_again.add(1);
+                    return transfer.again();
+                }
+                let mut ok = 0;
+                transfer.end(response, |result| match result {
+                    wire::result::OK => ok += 1,
+                    other => self.stats.count_get(other),
+                });
+                self.stats.gets_ok.add(ok);
             }
-            Purpose::Flush => (),
-            Purpose::Control(waiter) => waiter.answer(response.copied()),
+            Purpose::Flush(flush) => {
+                let executed = was_executed(response);
+                self.areas.put(&flush, executed);
+                queue.put_flush(flush);
+                if self.flush_waits.load(Relaxed) {
+                    self.flush_on();
+                } else if !executed {
+                    self.schedule_flush();
+                }
+            }
+            Purpose::Object(object) => {
+                let executed = was_executed(response);
+                self.areas.put_object(object, executed);
+                if !executed {
+                    self.schedule_flush();
+                }
+            }
+            Purpose::Control(number) => {
+                let mut asked = self.asked.lock();
+                if asked.number == number {
+                    asked.answer = Some(response.copied());
+                }
+            }
         }
-    }
-
-    /// May pages be put?
-    fn accepts(&self) -> bool {
-        self.state.load(Relaxed) == state::RUNNING
-            && self.pressure.load(Relaxed) < wire::PRESSURE_MAX
     }
 
     /// Submits a request on the first queue and waits, but not longer than there is a back-end.
     /// `None` when there is no answer.
     fn control_request(self: &Arc<Self>, request: &Request) -> Option<wire::Response> {
-        let waiter = Waiter::new().ok()?;
-        let purpose = Purpose::Control(waiter.clone());
-        if let Submitted::No(_) = self.queues.first()?.submit_now(request, purpose) {
+        let _asking = self.asking.lock();
+        let number = {
+            let mut asked = self.asked.lock();
+            asked.number += 1;
+            asked.answer = None;
+            asked.number
+        };
+        let purpose = Purpose::Control(number);
+        let Submitted::Yes(_) = self.queues.first()?.submit_now(request, purpose) else {
             return None;
-        }
+        };
         // This is what looks at the configuration space otherwise, so it does so here.
         let since = Instant::<Monotonic>::now();
         while since.elapsed() < Delta::from_secs(CONTROL_TIMEOUT_S) {
-            if let Some(answer) = waiter.try_wait() {
+            let answer = self.asked.lock().answer;
+            if let Some(answer) = answer {
                 return answer;
             }
             if !is_ready(&self.virtio.config()) {
@@ -459,104 +590,20 @@ impl Device {
         }
     }
 
-    /// Tells the device about freed slots, as long as there is room on the queues.
-    fn flush(self: &Arc<Self>) {
-        if self.gone.load(Relaxed) {
-            return;
-        }
-        let nr = self.queues.len();
-        for (index, queue) in self.queues.iter().enumerate() {
-            loop {
-                let flushed = queue.submit_flush(
-                    || {
-                        let mut ranges = Ranges::new();
-                        let swap_type = self.areas.take(index, nr, &mut ranges)?;
-                        Some((Request::flush_page(swap_type, &ranges), (swap_type, ranges)))
-                    },
-                    |(swap_type, ranges)| self.areas.untake(*swap_type, ranges),
-                );
-                match flushed {
-                    Flushed::Yes((_, ranges)) => {
-                        self.stats.flush_requests.add(1);
-                        self.stats.pages_flushed.add(ranges.pages());
-                    }
-                    Flushed::Nothing => break,
-                    Flushed::NoRoom => {
-                        self.schedule_flush();
-                        break;
-                    }
-                }
-            }
-        }
-    }
-
-    fn schedule_flush(self: &Arc<Self>) {
-        if !self.gone.load(Relaxed) {
-            self.workqueue
-                .schedule::<_, 0>(self, msecs_to_jiffies(FLUSH_DELAY_MS));
-        }
-    }
-
-    fn schedule_balance_now(self: &Arc<Self>) {
-        if !self.leaving.load(Relaxed) {
-            self.balance_queue.schedule_now::<_, 2>(self);
-        }
-    }
-
-    /// One step towards what the host wishes of the guest's memory.
-    fn rebalance(self: &Arc<Self>) {
-        if self.leaving.load(Relaxed) {
-            return;
-        }
-        let step = self.balance.lock().step(&self.wishes, self.accepts());
-        self.stats.squeezed_pages.add(step.squeezed);
-        self.stats.given_back_pages.add(step.given_back);
-        if let Some(report) = step.report {
-            if self.virtio.has_feature(wire::feature::SQUEEZE)
-                && self.state.load(Relaxed) == state::RUNNING
-            {
-                self.control_request(&Request::report(&report));
-            }
-        }
-        if let Some(delay_ms) = step.next_ms {
-            if !self.leaving.load(Relaxed) {
-                self.balance_queue
-                    .schedule::<_, 2>(self, msecs_to_jiffies(delay_ms));
-            }
-        }
-    }
-
-    /// Does as the host's operator wants. A device that has no policy wants no page twice.
-    fn follow(self: &Arc<Self>, policy: u32) {
-        let policy = match self.virtio.has_feature(wire::feature::POLICY) {
-            true => policy,
-            false => 0,
-        };
-        let keeps = policy & wire::policy::KEEP_COPIES != 0;
-        let kept = self.keeps_copies.xchg(keeps, Relaxed);
-        memory::set_exclusive(!keeps);
-        if kept && !keeps {
-            self.wishes.drop_copies();
-            self.schedule_balance_now();
-        }
-        if self.wishes.set_auto(policy & wire::policy::AUTO_SQUEEZE != 0) {
-            self.schedule_balance_now();
-        }
-    }
-
     /// Looks at the configuration space, and does what follows from it.
     fn look_after(self: &Arc<Self>) {
         let mut control = self.control.lock();
         if self.gone.load(Relaxed) {
             return;
         }
+        self.events.refill();
         let config = self.virtio.config();
         self.pressure.store(config.pressure.get(), Relaxed);
 
         let next = if !is_ready(&config) {
             self.without_backend(&mut control)
         } else if check(&config).is_err() {
-            self.state.store(state::SETTING_UP, Relaxed);
+            self.set_state(state::SETTING_UP);
             Some(MISFIT_CHECK_MS)
         } else {
             control.down_since = None;
@@ -576,7 +623,7 @@ impl Device {
         if self.state.load(Relaxed) == state::LOST {
             return None;
         }
-        self.state.store(state::DOWN, Relaxed);
+        self.set_state(state::DOWN);
         let since = match control.down_since {
             Some(since) => since,
             None => {
@@ -596,9 +643,9 @@ impl Device {
             "virtio{}: the back-end stays away, its pages are given up\n",
             self.virtio.index()
         );
-        self.state.store(state::LOST, Relaxed);
+        self.set_state(state::LOST);
         self.stats.resets.add(1);
-        if let Err(error) = self.virtio.restart() {
+        if let Err(error) = self.virtio.restart(self) {
             pr_err!(
                 "virtio{}: the device does not come back: {:?}\n",
                 self.virtio.index(),
@@ -613,7 +660,7 @@ impl Device {
         let generation = config.generation.get();
         // The same generation has every page that this driver put, however long it was away.
         if control.generation != generation {
-            self.state.store(state::SETTING_UP, Relaxed);
+            self.set_state(state::SETTING_UP);
             // What is there is from another life of this guest.
             let destroyed = self.control_request(&Request::destroy_pool());
             let made = destroyed.and_then(|_| self.control_request(&Request::new_pool()));
@@ -630,96 +677,15 @@ impl Device {
             }
             control.generation = generation;
         }
-        self.state.store(state::RUNNING, Relaxed);
+        if !matches!(self.state.load(Relaxed), state::STALLED | state::HUNG) {
+            // Otherwise it is for the watchdog to say.
+            self.set_state(state::RUNNING);
+        }
         self.follow(config.policy.get());
+        self.arm_watchdog();
+        self.schedule_flush();
         // A full device says when it has room, but news may be late or lost.
         (config.pressure.get() >= wire::PRESSURE_MAX).then_some(PRESSURE_CHECK_MS)
-    }
-
-    /// Watches for the answer to request `number` for a short while.
-    fn watch(self: &Arc<Self>, queue: &RequestQueue, number: u64) {
-        let limit = Delta::from_micros(i64::from(crate::module_parameters::load_spin_us.value()));
-        let since = Instant::<Monotonic>::now();
-        while since.elapsed() < limit {
-            // No answer is there at once, and each look takes a lock that the next request wants.
-            for _ in 0..PAUSES {
-                kernel::processor::cpu_relax();
-            }
-            self.reap(queue);
-            if queue.answered() >= number {
-                self.stats.gets_watched.add(1);
-                return;
-            }
-        }
-    }
-}
-
-impl frontswap::Backend for Device {
-    fn init(self: &Arc<Self>, swap_type: u32, slots: usize) -> Result {
-        self.areas.add(swap_type, slots)
-    }
-
-    fn exit(self: &Arc<Self>, swap_type: u32) {
-        self.areas.remove(swap_type);
-        if self.state.load(Relaxed) == state::LOST {
-            return;
-        }
-        // Wait: a page that is put under the same name later must not be hit.
-        if let (Ok(waiter), Some(queue)) = (Waiter::new(), self.queues.first()) {
-            let purpose = Purpose::Control(waiter.clone());
-            let request = Request::flush_object(swap_type);
-            if let Submitted::Yes(_) = queue.submit(&request, purpose, None, || ()) {
-                waiter.wait();
-            }
-        }
-    }
-
-    fn store(self: &Arc<Self>, batch: &Batch<'_>, token: Token) -> Result<(), Token> {
-        let Some(queue) = self.accepts().then(|| self.queue_of_batch(batch)).flatten() else {
-            self.stats.puts_not_tried.add(batch.pages());
-            return Err(token);
-        };
-        let request = Request::put(batch);
-        let purpose = Purpose::Store(Transfer::new(batch, token));
-        let submitted = queue.submit(&request, purpose, Some(batch), || {
-            for segment in batch.segments() {
-                self.areas
-                    .unmark(batch.swap_type(), segment.offset as usize, segment.pages);
-            }
-        });
-        self.stats.put_requests.add(1);
-        match submitted {
-            Submitted::Yes(_) => Ok(()),
-            Submitted::No(purpose) => purpose.into_token().map_or(Ok(()), Err),
-        }
-    }
-
-    fn load(self: &Arc<Self>, batch: &Batch<'_>, token: Token) -> Result<(), Token> {
-        let Some(queue) = self.queue_of_batch(batch) else {
-            return Err(token);
-        };
-        if self.state.load(Relaxed) == state::LOST {
-            self.stats.gets_failed.add(batch.pages());
-            return Err(token);
-        }
-        let request = Request::get(batch);
-        let purpose = Purpose::Load(Transfer::new(batch, token));
-        self.stats.get_requests.add(1);
-        match queue.submit(&request, purpose, Some(batch), || ()) {
-            Submitted::Yes(number) => {
-                self.watch(queue, number);
-                Ok(())
-            }
-            Submitted::No(purpose) => {
-                self.stats.gets_failed.add(batch.pages());
-                purpose.into_token().map_or(Ok(()), Err)
-            }
-        }
-    }
-
-    fn invalidate(self: &Arc<Self>, swap_type: u32, offset: usize, nr: usize) {
-        self.areas.mark(swap_type, offset, nr);
-        self.schedule_flush();
     }
 }
 

@@ -20,10 +20,41 @@ use kernel::{
 /// Buffers that the device is given.
 const BUFFERS: usize = 8;
 
+/// Memory that the device writes, one event per buffer. It is only ever accessed by copying, and
+/// never referred to, so that nothing the device does to it meanwhile can matter.
+struct Buffers(NonNull<[wire::Event; BUFFERS]>);
+
+// SAFETY: It owns its memory.
+unsafe impl Send for Buffers {}
+
+impl Buffers {
+    fn new() -> Result<Self> {
+        let buffers = KBox::new([wire::Event::default(); BUFFERS], GFP_KERNEL)?;
+        // SAFETY: A box is never null.
+        Ok(Self(unsafe {
+            NonNull::new_unchecked(KBox::into_raw(buffers))
+        }))
+    }
+
+    fn get(&self, nr: usize) -> Option<*mut wire::Event> {
+        // SAFETY: It stays inside of the array.
+        (nr < BUFFERS).then(|| unsafe { self.0.as_ptr().cast::<wire::Event>().add(nr) })
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        // SAFETY: The memory came from a box, and the device does not have it any more: the queue
+        // is dropped after the device was reset.
+        drop(unsafe { KBox::from_raw(self.0.as_ptr()) });
+    }
+}
+
 struct Inner {
     vq: Option<Virtqueue>,
-    /// Memory that the device writes: one event per buffer. Only copied from.
-    buffers: KBox<[wire::Event; BUFFERS]>,
+    buffers: Buffers,
+    /// Buffers that could not be offered yet: bit n is the n-th.
+    owed: u32,
 }
 
 /// The event queue.
@@ -39,7 +70,8 @@ impl EventQueue {
         try_pin_init!(Self {
             inner <- new_spinlock_irq!(Inner {
                 vq: None,
-                buffers: KBox::new([wire::Event::default(); BUFFERS], GFP_KERNEL)?,
+                buffers: Buffers::new()?,
+                owed: 0,
             }),
         })
     }
@@ -48,10 +80,16 @@ impl EventQueue {
     pub(crate) fn open(&self, vq: Virtqueue) {
         let mut inner = self.inner.lock();
         inner.vq = Some(vq);
-        for nr in 0..BUFFERS {
-            inner.offer(nr);
+        inner.owed = (1 << BUFFERS) - 1;
+        inner.offer_owed();
+    }
+
+    /// Offers again what could not be offered.
+    pub(crate) fn refill(&self) {
+        let mut inner = self.inner.lock();
+        if inner.owed != 0 {
+            inner.offer_owed();
         }
-        inner.notify();
     }
 
     /// Closes the queue after the device was reset.
@@ -66,11 +104,11 @@ impl EventQueue {
         let mut inner = self.inner.lock();
         let (cookie, len) = inner.vq.as_mut()?.used()?;
         let nr = cookie.addr().get() - 1;
-        let buffer: *const wire::Event = inner.buffers.get(nr)?;
+        let buffer = inner.buffers.get(nr)?;
         // SAFETY: The buffer is valid, and any bytes are an event.
         let event = unsafe { buffer.read_volatile() };
-        inner.offer(nr);
-        inner.notify();
+        inner.owed |= 1 << nr;
+        inner.offer_owed();
         if (len as usize) < size_of::<wire::Event>() {
             // Too short to mean anything: like an unknown event.
             return Some(wire::Event::default());
@@ -80,11 +118,19 @@ impl EventQueue {
 }
 
 impl Inner {
-    fn offer(&mut self, nr: usize) {
-        let (Some(vq), Some(buffer)) = (&mut self.vq, self.buffers.get_mut(nr)) else {
-            return;
+    fn offer_owed(&mut self) {
+        for nr in 0..BUFFERS {
+            if self.owed & (1 << nr) != 0 && self.offer(nr) {
+                self.owed &= !(1 << nr);
+            }
+        }
+        self.notify();
+    }
+
+    fn offer(&mut self, nr: usize) -> bool {
+        let (Some(vq), Some(start)) = (&mut self.vq, self.buffers.get(nr)) else {
+            return false;
         };
-        let start: *mut wire::Event = buffer;
         // SAFETY: All zeroes is a list without entries.
         let mut list = unsafe { core::mem::zeroed::<bindings::scatterlist>() };
         // SAFETY: The memory is kmalloc'ed, one event long.
@@ -93,10 +139,7 @@ impl Inner {
             core::num::NonZero::<usize>::MIN.saturating_add(nr), //
         );
         // SAFETY: The buffer stays while the queue does, and is only read after it came back.
-        if unsafe { vq.add_writable(&mut list, cookie) }.is_err() {
-            // One buffer fewer; the ring is larger than all of them, so this does not happen.
-            kernel::pr_warn_once!("cram: the event queue is full\n");
-        }
+        unsafe { vq.add_writable(&mut list, cookie) }.is_ok()
     }
 
     /// Events are rare: the lock may be held meanwhile.

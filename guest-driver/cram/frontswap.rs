@@ -58,6 +58,11 @@ impl Batch<'_> {
         self.0.nr_pages as usize
     }
 
+    /// Is nobody else held up when the batch waits before it gets under way?
+    pub(crate) fn may_wait(&self) -> bool {
+        self.0.may_wait
+    }
+
     /// The segments, at most [`BATCH_SEGMENTS`].
     pub(crate) fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
         let nr = self.0.nr_segments as usize;
@@ -73,6 +78,7 @@ impl Batch<'_> {
 pub(crate) struct Token {
     sio: NonNull<bindings::swap_iocb>,
     first: u32,
+    segments: u32,
 }
 
 // SAFETY: A batch may be finished from any context.
@@ -83,6 +89,21 @@ impl Token {
     pub(crate) fn done(self, failed: usize) {
         self.finish(failed);
         core::mem::forget(self);
+    }
+
+    /// Has a load handed over once more, with all the time that it may need. Any context.
+    pub(crate) fn again(self) {
+        // SAFETY: As for `finish`; this ends the batch, too.
+        unsafe { bindings::frontswap_again(self.sio.as_ptr(), self.first, self.segments) };
+        core::mem::forget(self);
+    }
+
+    /// Ends a load for those who wait for it, with an error. The batch goes on until it is done.
+    ///
+    /// Any context. Whoever ends the batch cannot do so meanwhile, since it takes the token.
+    pub(crate) fn give_up(&self) {
+        // SAFETY: As for `finish`; the batch has not ended.
+        unsafe { bindings::frontswap_give_up(self.sio.as_ptr()) };
     }
 
     fn finish(&self, failed: usize) {
@@ -149,6 +170,7 @@ impl<T: Backend> Registration<T> {
             // SAFETY: frontswap never passes a batch without an I/O.
             sio: unsafe { NonNull::new_unchecked(batch.sio) },
             first: batch.first,
+            segments: batch.nr_segments,
         }
     }
 

@@ -3,24 +3,27 @@
 //! What is inside a request, and what a response means. Nothing here knows virtio.
 
 use crate::{
-    areas::Ranges,
+    areas::{Flush, Object},
     dma::{bytes_of, Payload, BODY_SIZE},
     frontswap::{Batch, Token, BATCH_PAGES, BATCH_SEGMENTS},
     wire, //
 };
 use kernel::{
-    new_spinlock_irq,
-    prelude::*,
-    sync::{Arc, Completion, SpinLockIrq}, //
+    page::PAGE_SIZE,
+    prelude::*, //
 };
 use zerocopy::little_endian::U32;
 
 /// The pool that holds this guest's swapped pages. A device serves one guest, so one is enough.
 pub(crate) const POOL: u32 = 0;
 
-/// The object that holds the pages of a swap device.
-pub(crate) fn object_of(swap_type: u32) -> [zerocopy::little_endian::U64; 3] {
-    [u64::from(swap_type).into(), 0.into(), 0.into()]
+/// The name of an object on the wire.
+fn name_of(object: Object) -> [zerocopy::little_endian::U64; 3] {
+    [
+        u64::from(object.swap_type).into(),
+        object.life.into(),
+        0.into(),
+    ]
 }
 
 /// A request, ready to be copied to where the device reads it.
@@ -55,7 +58,7 @@ impl Request {
         self
     }
 
-    fn transfer(op: u16, payload: Payload, batch: &Batch<'_>) -> Self {
+    fn transfer(op: u16, payload: Payload, object: Object, batch: &Batch<'_>) -> Self {
         let mut indexes = [U32::ZERO; BATCH_PAGES];
         let slots = batch
             .segments()
@@ -64,35 +67,32 @@ impl Request {
             *index = slot.into();
         }
         let pages = batch.pages().min(BATCH_PAGES);
-        let mut request = Self::new(op, object_of(batch.swap_type()), pages)
-            .with_body(bytes_of(&indexes[..pages]));
+        let mut request =
+            Self::new(op, name_of(object), pages).with_body(bytes_of(&indexes[..pages]));
         request.payload = payload;
         request
     }
 
     /// put, of the batch's pages.
-    pub(crate) fn put(batch: &Batch<'_>) -> Self {
-        Self::transfer(wire::op::PUT, Payload::Put, batch)
+    pub(crate) fn put(object: Object, batch: &Batch<'_>) -> Self {
+        Self::transfer(wire::op::PUT, Payload::Put, object, batch)
     }
 
     /// get, into the batch's pages.
-    pub(crate) fn get(batch: &Batch<'_>) -> Self {
-        Self::transfer(wire::op::GET, Payload::Get, batch)
+    pub(crate) fn get(object: Object, batch: &Batch<'_>) -> Self {
+        Self::transfer(wire::op::GET, Payload::Get, object, batch)
     }
 
     /// flush_page, of ranges of a swap device.
-    pub(crate) fn flush_page(swap_type: u32, ranges: &Ranges) -> Self {
-        Self::new(
-            wire::op::FLUSH_PAGE,
-            object_of(swap_type),
-            ranges.items().len(),
-        )
-        .with_body(bytes_of(ranges.items()))
+    pub(crate) fn flush_page(flush: &Flush) -> Self {
+        let items = flush.ranges.items();
+        Self::new(wire::op::FLUSH_PAGE, name_of(flush.object), items.len())
+            .with_body(bytes_of(items))
     }
 
     /// flush_object, of a whole swap device.
-    pub(crate) fn flush_object(swap_type: u32) -> Self {
-        Self::new(wire::op::FLUSH_OBJECT, object_of(swap_type), 0)
+    pub(crate) fn flush_object(object: Object) -> Self {
+        Self::new(wire::op::FLUSH_OBJECT, name_of(object), 0)
     }
 
     /// new_pool, for swapped pages.
@@ -125,6 +125,14 @@ impl Request {
     /// The body.
     pub(crate) fn body(&self) -> &[u8] {
         self.body.get(..self.body_len).unwrap_or_default()
+    }
+
+    /// Bytes that the device writes at least when it answers OK.
+    pub(crate) fn least_answer(&self) -> usize {
+        match self.payload {
+            Payload::Get => wire::RESPONSE_SIZE + self.header.count.get() as usize * PAGE_SIZE,
+            _ => wire::RESPONSE_SIZE,
+        }
     }
 
     /// What it carries besides.
@@ -172,6 +180,16 @@ impl Transfer {
             .map(|(offset, pages)| (*offset as usize, usize::from(*pages)))
     }
 
+    /// Nobody shall wait for it any longer. It goes on.
+    pub(crate) fn give_up(&self) {
+        self.token.give_up();
+    }
+
+    /// Has it handed over once more.
+    pub(crate) fn again(self) {
+        self.token.again();
+    }
+
     /// Ends it. `each` is called with every page's result. Without a response, all of it failed.
     pub(crate) fn end(self, response: Option<&wire::Response>, mut each: impl FnMut(u8)) {
         let mut failed = 0usize;
@@ -192,52 +210,12 @@ impl Transfer {
     }
 }
 
-/// Somebody waits for the response to a request.
-#[pin_data]
-pub(crate) struct Waiter {
-    #[pin]
-    answered: Completion,
-    #[pin]
-    answer: SpinLockIrq<Option<Option<wire::Response>>>,
-}
-
-impl Waiter {
-    /// Nobody has answered yet.
-    pub(crate) fn new() -> Result<Arc<Self>> {
-        Arc::pin_init(
-            pin_init!(Self {
-                answered <- Completion::new(),
-                answer <- new_spinlock_irq!(None),
-            }),
-            GFP_KERNEL,
-        )
-    }
-
-    /// Answers; `None` when the request was lost.
-    pub(crate) fn answer(&self, response: Option<wire::Response>) {
-        *self.answer.lock() = Some(response);
-        self.answered.complete_all();
-    }
-
-    /// Waits for the answer. Whatever happens to the device, one comes: a response, or the news
-    /// that the request was lost in a reset.
-    pub(crate) fn wait(&self) -> Option<wire::Response> {
-        self.answered.wait_for_completion();
-        self.try_wait().flatten()
-    }
-
-    /// The answer, if there is one.
-    pub(crate) fn try_wait(&self) -> Option<Option<wire::Response>> {
-        *self.answer.lock()
-    }
-}
-
 impl Purpose {
     /// Gives the token of a batch back that did not get under way.
     pub(crate) fn into_token(self) -> Option<Token> {
         match self {
             Self::Store(transfer) | Self::Load(transfer) => Some(transfer.token),
-            Self::Flush | Self::Control(_) => None,
+            Self::Flush(_) | Self::Object(_) | Self::Control(_) => None,
         }
     }
 }
@@ -249,7 +227,9 @@ pub(crate) enum Purpose {
     /// To load pages.
     Load(Transfer),
     /// To forget pages; nobody waits.
-    Flush,
-    /// Because of somebody who waits.
-    Control(Arc<Waiter>),
+    Flush(KBox<Flush>),
+    /// To forget all pages of a swap device that is gone; nobody waits.
+    Object(Object),
+    /// The driver's own question of that number, whose answer may be waited for.
+    Control(u64),
 }

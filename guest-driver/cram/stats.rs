@@ -74,6 +74,11 @@ counters! {
     backend_lost,
     /// Times the device was reset because the back-end stayed away.
     resets,
+    /// Times the back-end was there and did not answer.
+    stalls,
+    /// Loads that were handed over once more, since they would have had to wait or were lost in
+    /// a reset.
+    loads_again,
 }
 
 /// A number that grows.
@@ -98,10 +103,9 @@ impl Counter {
 }
 
 impl Stats {
-    /// Counts the result of one page of a put.
+    /// Counts the result of one page of a put that is not OK.
     pub(crate) fn count_put(&self, result: u8) {
         let counter = match result {
-            wire::result::OK => &self.puts_ok,
             wire::result::NO_SPACE => &self.puts_no_space,
             wire::result::OVER_QUOTA => &self.puts_over_quota,
             wire::result::FROZEN => &self.puts_frozen,
@@ -110,10 +114,9 @@ impl Stats {
         counter.add(1);
     }
 
-    /// Counts the result of one page of a get.
+    /// Counts the result of one page of a get that is not OK.
     pub(crate) fn count_get(&self, result: u8) {
         let counter = match result {
-            wire::result::OK => &self.gets_ok,
             wire::result::MISSING => &self.gets_missing,
             wire::result::CORRUPT => &self.gets_corrupt,
             _ => &self.gets_failed,

@@ -2,7 +2,10 @@
 
 //! The virtio interface (include/linux/virtio.h), wrapped.
 
-use crate::wire;
+use crate::{
+    turn::{By, Turn},
+    wire, //
+};
 use core::{
     marker::PhantomData,
     mem::size_of,
@@ -12,7 +15,14 @@ use kernel::{
     bindings,
     error::{from_result, to_result},
     prelude::*,
-    sync::Arc,
+    sync::{
+        atomic::{
+            ordering::{Acquire, Relaxed, Release},
+            Atomic, //
+        },
+        rcu,
+        Arc, //
+    },
     types::Opaque, //
 };
 use zerocopy::FromBytes;
@@ -28,7 +38,11 @@ pub(crate) trait Driver: Send + Sync + 'static {
     /// The device goes: finish with it. It still works while this runs.
     fn stop(self: &Arc<Self>);
     /// The device was reset and touches nothing any more: take everything back.
-    fn disconnected(&self);
+    fn disconnected(self: &Arc<Self>);
+    /// The device could not be set up again after a reset.
+    fn broken(self: &Arc<Self>);
+    /// Who resets the device: the bus may, and the driver.
+    fn turn(&self) -> &Turn;
     /// The device used buffers of a queue. Interrupt context.
     fn queue_interrupt(self: &Arc<Self>, index: u16);
     /// The configuration space changed. Interrupt context.
@@ -117,14 +131,20 @@ impl VirtioDevice {
         unsafe { bindings::virtio_device_ready(self.raw()) };
     }
 
-    /// Resets the device and begins anew: `Driver::disconnected`, then `Driver::connect`.
+    /// Resets the device and begins anew: `Driver::disconnected`, then `Driver::connect`. When
+    /// the bus is about to do the same, it is left to the bus.
     ///
     /// May sleep. Neither in an interrupt nor while the device is being removed.
-    pub(crate) fn restart(&self) -> Result {
-        // SAFETY: The device outlives its driver's side; this calls `reset_prepare` below.
-        to_result(unsafe { bindings::virtio_device_reset_prepare(self.raw()) })?;
-        // SAFETY: As above; this calls `reset_done` below.
-        to_result(unsafe { bindings::virtio_device_reset_done(self.raw()) })
+    pub(crate) fn restart<D: Driver>(&self, driver: &Arc<D>) -> Result {
+        if !driver.turn().try_take(By::Driver) {
+            return Ok(());
+        }
+        // SAFETY: The device is bound to this driver, and nobody else resets it.
+        unsafe { disconnect(self.raw(), driver) };
+        // SAFETY: The device outlives its driver's side; this calls `reset_done` below.
+        let result = to_result(unsafe { bindings::virtio_device_reset_done(self.raw()) });
+        driver.turn().give_back(By::Driver);
+        result
     }
 }
 
@@ -218,6 +238,50 @@ impl Virtqueue {
     }
 }
 
+/// What can be seen of a virtqueue without having it: whether something used is there.
+pub(crate) struct Window {
+    vq: Atomic<*mut bindings::virtqueue>,
+    /// How much of what was used has been taken. A split ring, which is the only kind that the
+    /// device offers, counts the same, in 16 bits.
+    taken: Atomic<u32>,
+}
+
+impl Window {
+    /// A window on nothing.
+    pub(crate) fn new() -> Self {
+        Self {
+            vq: Atomic::new(core::ptr::null_mut()),
+            taken: Atomic::new(0),
+        }
+    }
+
+    /// Looks at a virtqueue that was just found.
+    pub(crate) fn open(&self, vq: &Virtqueue) {
+        self.taken.store(0, Relaxed);
+        self.vq.store(vq.0.as_ptr(), Release);
+    }
+
+    /// Looks at nothing. Who looked before is gone after an RCU grace period.
+    pub(crate) fn close(&self) {
+        self.vq.store(core::ptr::null_mut(), Release);
+    }
+
+    /// [`Virtqueue::used`] has given something. Whoever has the virtqueue calls this.
+    pub(crate) fn count_used(&self) {
+        self.taken
+            .store(self.taken.load(Relaxed).wrapping_add(1), Release);
+    }
+
+    /// Is there something used that was not taken? By the time it is known it may be out of date.
+    pub(crate) fn has_used(&self) -> bool {
+        let _guard = rcu::read_lock();
+        let vq = self.vq.load(Acquire);
+        // SAFETY: The virtqueue goes a grace period after `close`, so it is there still. What is
+        // read is memory that the device writes, and one flag.
+        !vq.is_null() && unsafe { bindings::virtqueue_poll(vq, self.taken.load(Acquire)) }
+    }
+}
+
 /// A notification that the device waits for.
 #[must_use]
 pub(crate) struct Notification(NonNull<bindings::virtqueue>);
@@ -297,8 +361,10 @@ extern "C" fn remove<D: Driver>(vdev: *mut bindings::virtio_device) {
     // SAFETY: The core removes what was probed.
     if let Some(driver) = unsafe { driver_side::<D>(vdev) } {
         driver.stop();
+        driver.turn().take(By::Driver);
         // SAFETY: As the function demands.
         unsafe { disconnect(vdev, &driver) };
+        driver.turn().give_back(By::Driver);
         forget::<D>(vdev);
     }
 }
@@ -306,6 +372,7 @@ extern "C" fn remove<D: Driver>(vdev: *mut bindings::virtio_device) {
 extern "C" fn reset_prepare<D: Driver>(vdev: *mut bindings::virtio_device) -> i32 {
     // SAFETY: The core resets what was probed.
     if let Some(driver) = unsafe { driver_side::<D>(vdev) } {
+        driver.turn().take(By::Bus);
         // SAFETY: As the function demands.
         unsafe { disconnect(vdev, &driver) };
     }
@@ -316,8 +383,12 @@ extern "C" fn reset_done<D: Driver>(vdev: *mut bindings::virtio_device) -> i32 {
     from_result(|| {
         // SAFETY: The core resets what was probed.
         let driver = unsafe { driver_side::<D>(vdev) }.ok_or(ENODEV)?;
-        driver.connect()?;
-        Ok(0)
+        let connected = driver.connect();
+        if connected.is_err() {
+            driver.broken();
+        }
+        driver.turn().give_back(By::Bus);
+        connected.map(|()| 0)
     })
 }
 

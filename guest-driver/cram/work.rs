@@ -5,6 +5,7 @@
 //! `kernel::workqueue` can enqueue; a driver that leaves must also cancel and wait. These
 //! functions keep to its rule: a pending work item owns one reference to the [`Arc`] around it.
 
+use core::marker::PhantomData;
 use kernel::{
     bindings,
     prelude::*,
@@ -109,4 +110,30 @@ where
     let work = unsafe { Work::raw_get(work) };
     // SAFETY: `HasDelayedWork` promises that this is the `work` field of a `delayed_work`.
     unsafe { kernel::container_of!(work, bindings::delayed_work, work) }
+}
+
+/// As long as this is there, what the current task allocates does not wait for swapping. For
+/// whatever swapping may be waiting for itself.
+pub(crate) struct NoIo {
+    flags: u32,
+    /// It belongs to the task that made it.
+    _task: PhantomData<*mut ()>,
+}
+
+impl NoIo {
+    /// From now on.
+    pub(crate) fn begin() -> Self {
+        Self {
+            // SAFETY: Changes a flag of the current task.
+            flags: unsafe { bindings::memalloc_noio_save() },
+            _task: PhantomData,
+        }
+    }
+}
+
+impl Drop for NoIo {
+    fn drop(&mut self) {
+        // SAFETY: Still the same task; scopes end in the reverse order of their beginnings.
+        unsafe { bindings::memalloc_noio_restore(self.flags) };
+    }
 }

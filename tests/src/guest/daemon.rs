@@ -150,6 +150,28 @@ impl Daemon {
         Ok(())
     }
 
+    /// Stops the daemon where it is (SIGSTOP): it answers nothing, and nobody is told.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn pause(&mut self) -> Result<()> {
+        let process = self.process_mut()?;
+        process.expect_running()?;
+        process.pause()
+    }
+
+    /// Lets the daemon go on after [`Daemon::pause`].
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn resume(&mut self) -> Result<()> {
+        let process = self.process_mut()?;
+        process.expect_running()?;
+        process.resume()
+    }
+
     /// Fails when the daemon ended by itself.
     ///
     /// # Errors

@@ -90,6 +90,17 @@ impl Guest {
         })
     }
 
+    /// What the module says of its one device: the word after "state".
+    ///
+    /// # Errors
+    ///
+    /// When it is not loaded.
+    pub fn device_state(&self) -> Result<String> {
+        let text = self.shell("grep -h '^state ' /sys/kernel/debug/cram/*/stats")?;
+        let state = text.split_whitespace().nth(1).context("no state")?;
+        Ok(state.to_owned())
+    }
+
     /// Bytes read from and written to the swap disk, since boot.
     fn disk_bytes(&self) -> Result<(u64, u64)> {
         let text = self.agent()?.read("/sys/block/vdb/stat")?;

@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use cram_tests::guest::{Failed, Kernel, Stage};
 
-use crate::{balance, chaos, lifecycle, loss, swap};
+use crate::{balance, chaos, lifecycle, loss, stall, swap};
 
 fn debug(name: &str, body: impl FnOnce(&Stage, Kernel) -> Result<()>) -> Result<(), Failed> {
     Stage::run(name, |stage| {
@@ -61,4 +61,32 @@ fn debug_kept_once() -> Result<(), Failed> {
 #[test]
 fn debug_squeezed() -> Result<(), Failed> {
     debug("debug_squeezed", balance::squeezed_and_given_back)
+}
+
+#[test]
+fn debug_daemon_stopped() -> Result<(), Failed> {
+    debug("debug_daemon_stopped", stall::stopped_while_swapping)
+}
+
+#[test]
+fn debug_daemon_stopped_for_long() -> Result<(), Failed> {
+    debug("debug_daemon_stopped_for_long", stall::stopped_for_long)
+}
+
+#[test]
+fn debug_pci_function_reset() -> Result<(), Failed> {
+    debug("debug_pci_function_reset", stall::function_reset)
+}
+
+#[test]
+fn debug_unload_under_loads() -> Result<(), Failed> {
+    debug("debug_unload_under_loads", stall::unloaded_under_loads)
+}
+
+#[test]
+fn debug_freed_while_the_daemon_is_lost() -> Result<(), Failed> {
+    debug(
+        "debug_freed_while_the_daemon_is_lost",
+        stall::freed_while_lost,
+    )
 }

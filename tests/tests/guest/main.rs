@@ -15,5 +15,6 @@ mod debug;
 mod lifecycle;
 mod loss;
 mod scale;
+mod stall;
 mod swap;
 mod variants;
