@@ -65,7 +65,10 @@ pub(super) fn run(
         Ok(values) => values,
         Err(Stop::OutOfMemory) => return Ok(Ended::OutOfMemory),
         Err(Stop::Stuck) => return Ok(Ended::Stuck),
-        Err(Stop::Failed(error)) => return Err(error),
+        Err(Stop::Failed(error)) => {
+            rig.keep_logs();
+            return Err(error);
+        }
     };
     let cpu_s = rig.ledger()?.cpu_s()? - cpu_before;
     values.insert("host_cpu_s".to_owned(), cpu_s);
