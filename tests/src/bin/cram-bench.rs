@@ -180,7 +180,9 @@ fn bench_density(cli: &Cli, parts: &[String]) -> Result<()> {
     })?;
     let panels = chart::density(&figures, density::AIMS);
     report(cli, "density", &figures, density::AIMS, &panels)?;
-    density::print_arms(&figures);
+    let (tables, path) = (density::tables(&figures), cli.out.join("density.md"));
+    std::fs::write(&path, &tables).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{tables}\n  these tables:    {}", path.display());
     if !failed.is_empty() {
         bail!("these parts failed: {}", failed.join(", "));
     }

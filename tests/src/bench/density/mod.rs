@@ -19,6 +19,7 @@ mod records;
 mod rig;
 mod run;
 mod sampler;
+mod tables;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,7 @@ use crate::guest::{Accelerator, Artifacts, Counting, Daemon, DaemonOptions};
 
 pub use self::aims::AIMS;
 pub(in crate::bench) use self::derive::{Family, arms_of};
+pub use self::tables::tables;
 
 /// The part that needs no guest.
 const CODEC: &str = "codec";
@@ -57,6 +59,7 @@ pub struct Extent {
     cold_inside_mib: u32,
     cold_limits_mib: &'static [u64],
     hot_s: f64,
+    phase_s: f64,
     cache_own_mib: u64,
     cache_tree_mib: u64,
     cache_roomy_mib: u32,
@@ -88,6 +91,7 @@ impl Extent {
         cold_inside_mib: 640,
         cold_limits_mib: &[480, 560, 720],
         hot_s: 60.0,
+        phase_s: 30.0,
         cache_own_mib: 160,
         cache_tree_mib: 192,
         cache_roomy_mib: 1024,
@@ -117,6 +121,7 @@ impl Extent {
         cold_inside_mib: 320,
         cold_limits_mib: &[320],
         hot_s: 8.0,
+        phase_s: 8.0,
         cache_own_mib: 96,
         cache_tree_mib: 128,
         cache_roomy_mib: 512,
@@ -139,43 +144,6 @@ pub struct Bench<'a> {
     pub extent: Extent,
     /// Where the results go.
     pub out: &'a Path,
-}
-
-/// Prints what each arm of each load came to.
-pub fn print_arms(figures: &Figures) {
-    const WHAT: [(&str, &str); 7] = [
-        ("peak_mib", "peak"),
-        ("steady_mib", "steady"),
-        ("steady_guest_mib", "guest"),
-        ("steady_qemu_mib", "qemu"),
-        ("steady_daemon_mib", "daemon"),
-        ("steady_host_pool_mib", "host's"),
-        ("work_per_s", "work/s"),
-    ];
-    for load in Load::ALL {
-        let name = load.name().replace('-', "_");
-        let arms: Vec<_> = arms_of(figures, &name).collect();
-        if arms.is_empty() {
-            continue;
-        }
-        print!("\n  {:<26}", format!("{}, MiB", load.name()));
-        for (_, heading) in WHAT {
-            print!(" {heading:>9}");
-        }
-        println!("   touch p50, p99 µs");
-        for arm in arms {
-            let get = |what: &str| figures.get(&format!("{name}_{arm}_{what}"));
-            print!("  {arm:<26}");
-            for (what, _) in WHAT {
-                let text = get(what).map_or_else(String::new, |value| format!("{value:.0}"));
-                print!(" {text:>9}");
-            }
-            match get("touch_p50_us").zip(get("touch_p99_us")) {
-                Some((p50, p99)) => println!("   {p50:.1}, {p99:.1}"),
-                None => println!(),
-            }
-        }
-    }
 }
 
 /// Whether these words ask for guests at all.

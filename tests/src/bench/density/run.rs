@@ -223,7 +223,7 @@ impl<'a> Course<'a> {
             let hot = Work {
                 first: pages / PHASES * phase,
                 pages: pages / PHASES,
-                seconds: self.extent.hot_s / 2.0,
+                seconds: self.extent.phase_s,
                 seed: phase + 1,
                 write_permille: WRITE_PERMILLE,
                 with_tree: false,
