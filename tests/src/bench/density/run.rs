@@ -185,7 +185,8 @@ impl<'a> Course<'a> {
             ..Work::default()
         };
         if arm.squeezed {
-            let goal = u64::from(arm.memory_mib) * 256 / 2;
+            // All that is cold.
+            let goal = pages - hot.pages;
             self.rig.ask_client("client.squeeze", goal)?;
         }
         let done = self.work(&hot, "steady", "work_per_s")?;
