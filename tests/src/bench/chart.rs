@@ -461,10 +461,11 @@ pub fn density(figures: &Figures, aims: &[Aim]) -> Vec<Panel> {
 
 /// Work over bytes, a line for each family of arms.
 fn curves(figures: &Figures, load: &str) -> Vec<Series> {
-    const FAMILIES: [(Family, &str, &str); 8] = [
+    const FAMILIES: [(Family, &str, &str); 9] = [
         (Family::Cram, "cram", OURS),
         (Family::CramKeep, "cram, copies kept", "#8fb1de"),
         (Family::CramFree, "cram, copies freed", "#1d3f6e"),
+        (Family::CramAdaptive, "cram, copies adaptive", "#4fa3a3"),
         (Family::CramSqueezed, "cram, squeezed", "#7a3fa0"),
         (Family::HostZram, "host zram beneath", "#d9822b"),
         (Family::HostZswap, "host zswap beneath", "#b58b00"),

@@ -174,12 +174,19 @@ fn bench_density(cli: &Cli, parts: &[String]) -> Result<()> {
         out: &cli.out,
     };
     eprintln!("  density:");
-    let figures = bench.run(parts, |figures| {
+    let (figures, failed) = bench.run(parts, |figures| {
         figures.write(&cli.out.join("density.json"))?;
         page::write(&cli.out)
     })?;
     let panels = chart::density(&figures, density::AIMS);
-    report(cli, "density", &figures, density::AIMS, &panels)
+    report(cli, "density", &figures, density::AIMS, &panels)?;
+    let (tables, path) = (density::tables(&figures), cli.out.join("density.md"));
+    std::fs::write(&path, &tables).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{tables}\n  these tables:    {}", path.display());
+    if !failed.is_empty() {
+        bail!("these parts failed: {}", failed.join(", "));
+    }
+    Ok(())
 }
 
 /// Writes the figures and their picture, and shows those that were aimed at something.

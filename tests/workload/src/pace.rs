@@ -77,7 +77,7 @@ struct Done {
     sum: String,
     /// How many touches took how many nanoseconds.
     times_ns: Vec<(u64, u32)>,
-    /// Pages of the memory that are on the swap device and not in the guest's memory as well.
+    /// Pages of the memory that are not in the guest's memory.
     away_pages: u64,
     wrong: Vec<String>,
     error: Option<String>,
@@ -187,7 +187,7 @@ impl Pace {
             }
         };
         done.seconds = began.elapsed().as_secs_f64();
-        done.away_pages = away_pages()?;
+        done.away_pages = self.region.away_pages()?;
         Ok(done)
     }
 
@@ -384,19 +384,6 @@ fn stamp(page: &mut Page, draw: u64) {
     for (place, salt) in page.chunks_exact_mut(512).zip(0..) {
         place[..8].copy_from_slice(&mix(draw ^ salt).to_le_bytes());
     }
-}
-
-/// Swapped out, less what is in the swap cache: so many pages have no copy in the guest's memory.
-fn away_pages() -> Result<u64> {
-    let kib = |path: &str, name: &str| -> Result<u64> {
-        let text = std::fs::read_to_string(path)?;
-        let value = text.lines().find_map(|line| line.strip_prefix(name));
-        let value = value.and_then(|rest| rest.split_whitespace().next());
-        Ok(value.map_or(Ok(0), str::parse)?)
-    };
-    let swapped = kib("/proc/self/status", "VmSwap:")?;
-    let cached = kib("/proc/meminfo", "SwapCached:")?;
-    Ok(swapped.saturating_sub(cached) / 4)
 }
 
 #[cfg(test)]

@@ -116,6 +116,24 @@ impl Region {
         unsafe { into.write_volatile(value) };
     }
 
+    /// Pages that are not in memory: swapped out, and not in the swap cache as well.
+    pub(crate) fn away_pages(&self) -> Result<u64> {
+        const AT_ONCE: usize = 4096;
+        let mut is_there = [0_u8; AT_ONCE];
+        let mut away = 0;
+        for first in (0..self.pages).step_by(AT_ONCE) {
+            let count = AT_ONCE.min(self.pages - first);
+            let base = self.address(first).cast::<c_void>();
+            // SAFETY: the range is whole pages of the mapping, and there is a byte for each of them.
+            if unsafe { libc::mincore(base, count * PAGE, is_there.as_mut_ptr()) } != 0 {
+                bail!("mincore: {}", std::io::Error::last_os_error());
+            }
+            let here = is_there[..count].iter().filter(|byte| **byte & 1 == 1);
+            away += (count - here.count()) as u64;
+        }
+        Ok(away)
+    }
+
     /// Asks the kernel to swap the whole region out.
     pub(crate) fn page_out(&self) -> Result<()> {
         let bytes = self.pages * PAGE;
@@ -182,6 +200,16 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut c_vo
 mod tests {
     use super::*;
     use rustix::fs::MemfdFlags;
+
+    #[test]
+    fn pages_that_were_never_touched_are_away() {
+        let region = Region::map(5000).unwrap();
+        assert_eq!(region.away_pages().unwrap(), 5000);
+        for page in [0, 1, 4095, 4096, 4999] {
+            region.write(page, &[1; PAGE]);
+        }
+        assert_eq!(region.away_pages().unwrap(), 4995);
+    }
 
     /// A page of an empty file stands in for one that the swap device lost: both raise SIGBUS.
     #[test]

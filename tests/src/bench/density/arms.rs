@@ -2,13 +2,15 @@
 
 //! What is compared, and with which loads.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, bail};
 
 use super::Extent;
 use super::host_swap::{self, Means};
 
 /// A load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Load {
     /// All pages, in order and at random.
     Cycle,
@@ -94,7 +96,7 @@ const CRAM: Swap = Swap::Cram {
     dedup: "guest",
 };
 /// What the daemon may be told about copies.
-const COPIES: [&str; 2] = ["keep", "free"];
+const COPIES: [&str; 3] = ["keep", "free", "adaptive"];
 
 impl Arm {
     fn new(name: String, swap: Swap, memory_mib: u32) -> Self {
@@ -108,45 +110,65 @@ impl Arm {
 }
 
 /// What of the device there is to measure.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Abilities {
-    /// The daemon can be told what becomes of pages that the guest has read back.
-    pub(super) copies: bool,
+    /// What becomes of copies of pages that the guest has read back, when nothing is said; none when
+    /// the daemon cannot be told.
+    pub(super) copies: Option<String>,
     /// The operator can have a guest give RAM back.
     pub(super) squeeze: bool,
 }
 
-/// All arms of a load, those that cannot be had here left out with a line that says why.
-pub(super) fn arms(load: Load, extent: &Extent, abilities: Abilities) -> Vec<Arm> {
+/// Why some arms cannot be had here, each reason once.
+pub(super) type LeftOut = BTreeSet<String>;
+
+/// All arms of a load but for those that cannot be had here.
+pub(super) fn arms(
+    load: Load,
+    extent: &Extent,
+    abilities: &Abilities,
+    left_out: &mut LeftOut,
+) -> Vec<Arm> {
     let mut arms = Vec::new();
     match load {
         Load::Cycle => {
             arms.push(no_swap(extent.cycle_roomy_mib));
-            add_cram(&mut arms, extent.cycle_memory_mib, abilities);
+            add_cram(&mut arms, extent.cycle_memory_mib, abilities, left_out);
             add_inside(&mut arms, extent.cycle_inside_mib);
-            add_host(&mut arms, extent.cycle_roomy_mib, extent.cycle_limits_mib);
+            add_host(
+                &mut arms,
+                extent.cycle_roomy_mib,
+                extent.cycle_limits_mib,
+                left_out,
+            );
         }
         Load::Cold => {
             arms.push(no_swap(extent.cold_roomy_mib));
-            add_cram(&mut arms, extent.cold_memory_mib, abilities);
-            add_squeezed(&mut arms, extent.cold_roomy_mib, abilities);
+            add_cram(&mut arms, extent.cold_memory_mib, abilities, left_out);
+            add_squeezed(&mut arms, extent.cold_roomy_mib, abilities, left_out);
             if !extent.is_quick {
                 add_inside(&mut arms, extent.cold_inside_mib);
             }
-            add_host(&mut arms, extent.cold_roomy_mib, extent.cold_limits_mib);
+            add_host(
+                &mut arms,
+                extent.cold_roomy_mib,
+                extent.cold_limits_mib,
+                left_out,
+            );
         }
         Load::Phases => {
             arms.push(no_swap(extent.cold_roomy_mib));
-            add_cram(&mut arms, few(extent.cold_memory_mib), abilities);
+            add_cram(&mut arms, few(extent.cold_memory_mib), abilities, left_out);
             add_host(
                 &mut arms,
                 extent.cold_roomy_mib,
                 few(extent.cold_limits_mib),
+                left_out,
             );
         }
         Load::PageCache => {
             arms.push(no_swap(extent.cache_roomy_mib));
-            add_cram(&mut arms, &[extent.cache_memory_mib], abilities);
+            add_cram(&mut arms, &[extent.cache_memory_mib], abilities, left_out);
             let inside = Swap::Disk;
             let name = format!("disk-{}", extent.cache_memory_mib);
             arms.push(Arm::new(name, inside, extent.cache_memory_mib));
@@ -167,7 +189,7 @@ pub(super) fn arms(load: Load, extent: &Extent, abilities: Abilities) -> Vec<Arm
                 let memory = extent.squeeze_memory_mib;
                 arms.push(squeezed(memory));
             } else {
-                eprintln!("    squeeze is left out: the daemon has no method client.squeeze");
+                left_out.insert(NO_SQUEEZE.to_owned());
             }
         }
     }
@@ -184,22 +206,23 @@ fn no_swap(memory_mib: u32) -> Arm {
     Arm::new("noswap".to_owned(), Swap::None, memory_mib)
 }
 
-fn add_cram(arms: &mut Vec<Arm>, sizes_mib: &[u32], abilities: Abilities) {
+/// Of all sizes with everything at its default, and of the middle one with copies treated otherwise.
+fn add_cram(arms: &mut Vec<Arm>, sizes_mib: &[u32], abilities: &Abilities, left_out: &mut LeftOut) {
     for size in sizes_mib {
         arms.push(Arm::new(format!("cram-{size}"), CRAM, *size));
-        if !abilities.copies {
-            continue;
-        }
-        for copies in COPIES {
+    }
+    let Some(default) = &abilities.copies else {
+        left_out.insert("copies kept or freed: the daemon has no option --copies".to_owned());
+        return;
+    };
+    for size in few(sizes_mib) {
+        for copies in COPIES.iter().filter(|copies| *copies != default) {
             let swap = Swap::Cram {
                 copies: Some(copies),
                 dedup: "guest",
             };
             arms.push(Arm::new(format!("cram-{size}-{copies}"), swap, *size));
         }
-    }
-    if !abilities.copies {
-        eprintln!("    copies kept or freed are left out: the daemon has no option --copies");
     }
 }
 
@@ -210,12 +233,19 @@ fn squeezed(memory_mib: u32) -> Arm {
     }
 }
 
+const NO_SQUEEZE: &str = "squeezed guests: the daemon has no method client.squeeze";
+
 /// A guest that has the RAM it was promised, and gives back what it does not use.
-fn add_squeezed(arms: &mut Vec<Arm>, memory_mib: u32, abilities: Abilities) {
+fn add_squeezed(
+    arms: &mut Vec<Arm>,
+    memory_mib: u32,
+    abilities: &Abilities,
+    left_out: &mut LeftOut,
+) {
     if abilities.squeeze {
         arms.push(squeezed(memory_mib));
     } else {
-        eprintln!("    a squeezed guest is left out: the daemon has no method client.squeeze");
+        left_out.insert(NO_SQUEEZE.to_owned());
     }
 }
 
@@ -229,13 +259,13 @@ fn add_inside(arms: &mut Vec<Arm>, memory_mib: u32) {
     }
 }
 
-fn add_host(arms: &mut Vec<Arm>, memory_mib: u32, limits_mib: &[u64]) {
+fn add_host(arms: &mut Vec<Arm>, memory_mib: u32, limits_mib: &[u64], left_out: &mut LeftOut) {
     for (name, means, limits) in [
         ("host-zram", Means::Zram, limits_mib),
         ("host-zswap", Means::Zswap, few(limits_mib)),
     ] {
         if let Some(why) = host_swap::missing(means) {
-            eprintln!("    {name} is left out: {why}");
+            left_out.insert(format!("{name}: {why}"));
             continue;
         }
         for limit in limits {
@@ -284,11 +314,6 @@ pub(super) fn check(words: &[String], all: &[(Load, Vec<Arm>)]) -> Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: Abilities = Abilities {
-        copies: true,
-        squeeze: true,
-    };
-
     #[test]
     fn words_choose() {
         let arm = Arm::new("cram-384-free".to_owned(), CRAM, 384);
@@ -305,18 +330,18 @@ mod tests {
 
     #[test]
     fn arms_follow_what_there_is() {
-        let names = |abilities| -> Vec<String> {
-            let arms = arms(Load::Cold, &Extent::QUICK, abilities);
+        let names = |copies: Option<&str>, squeeze| -> Vec<String> {
+            let abilities = Abilities {
+                copies: copies.map(str::to_owned),
+                squeeze,
+            };
+            let arms = arms(Load::Cold, &Extent::QUICK, &abilities, &mut LeftOut::new());
             arms.into_iter().map(|arm| arm.name).collect()
         };
-        let (all, none) = (
-            names(ALL),
-            names(Abilities {
-                copies: false,
-                squeeze: false,
-            }),
-        );
+        let (all, none) = (names(Some("free"), true), names(None, false));
         assert!(all.iter().any(|name| name.ends_with("-keep")));
+        // That is the default already.
+        assert!(!all.iter().any(|name| name.ends_with("-free")));
         assert!(all.iter().any(|name| name.ends_with("-squeezed")));
         assert!(none.len() < all.len() && none.contains(&"noswap".to_owned()));
         assert_eq!(few(&[1, 2, 3]), [2]);

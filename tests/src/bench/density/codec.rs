@@ -129,6 +129,11 @@ struct Cost {
     unpack_s: Vec<f64>,
 }
 
+/// The names of the ways, as in figures.
+pub(super) fn ways() -> impl Iterator<Item = &'static str> {
+    WAYS.iter().map(|way| way.name)
+}
+
 /// Runs the section.
 ///
 /// # Errors

@@ -28,6 +28,8 @@ pub(in crate::bench) enum Family {
     CramKeep,
     /// Our device, told what to do with copies.
     CramFree,
+    /// Our device, told what to do with copies.
+    CramAdaptive,
     /// A guest with our device that is squeezed.
     CramSqueezed,
     /// The host swaps to zram.
@@ -48,6 +50,7 @@ impl Family {
             _ if !arm.starts_with("cram") => Self::Inside,
             _ if arm.ends_with("_keep") => Self::CramKeep,
             _ if arm.ends_with("_free") => Self::CramFree,
+            _ if arm.ends_with("_adaptive") => Self::CramAdaptive,
             _ if arm.ends_with("_squeezed") => Self::CramSqueezed,
             _ => Self::Cram,
         }

@@ -22,7 +22,7 @@ pub(super) struct Rig {
     guests: Vec<Guest>,
     daemon: Option<Daemon>,
     host: Option<HostSwap>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Rig {
@@ -44,12 +44,12 @@ impl Rig {
             guests: Vec::new(),
             daemon: None,
             host: None,
-            _folder: folder,
+            folder,
         };
         match arm.swap {
             Swap::Cram { copies, dedup } => {
                 let options = daemon_options(guests, copies, dedup);
-                rig.daemon = Some(Daemon::start(artifacts, rig._folder.path(), options)?);
+                rig.daemon = Some(Daemon::start(artifacts, rig.folder.path(), options)?);
             }
             Swap::Host(means, limit_mib) => {
                 rig.host = Some(HostSwap::start(means, SWAP_MIB, limit_mib)?);
@@ -57,9 +57,19 @@ impl Rig {
             Swap::None | Swap::Zram | Swap::Zswap | Swap::Disk => {}
         }
         for number in 0..guests {
-            rig.boot(artifacts, arm, number, counting)?;
+            let booted = rig.boot(artifacts, arm, number, counting);
+            if booted.is_err() {
+                rig.keep_logs();
+            }
+            booted?;
         }
         Ok(rig)
+    }
+
+    /// Leaves the logs where somebody can read them.
+    pub(super) fn keep_logs(&mut self) {
+        self.folder.disable_cleanup(true);
+        eprint!(" (logs: {})", self.folder.path().display());
     }
 
     fn boot(
@@ -83,7 +93,7 @@ impl Rig {
             Some(daemon) => options.sockets.push(daemon.socket(number).to_owned()),
             None => options.words.push("cram.noload".to_owned()),
         }
-        let mut guest = Guest::launch(artifacts, self._folder.path(), options)?;
+        let mut guest = Guest::launch(artifacts, self.folder.path(), options)?;
         if let Some(host) = &self.host {
             host.take(guest.pid())?;
         }

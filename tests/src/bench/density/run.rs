@@ -65,7 +65,10 @@ pub(super) fn run(
         Ok(values) => values,
         Err(Stop::OutOfMemory) => return Ok(Ended::OutOfMemory),
         Err(Stop::Stuck) => return Ok(Ended::Stuck),
-        Err(Stop::Failed(error)) => return Err(error),
+        Err(Stop::Failed(error)) => {
+            rig.keep_logs();
+            return Err(error);
+        }
     };
     let cpu_s = rig.ledger()?.cpu_s()? - cpu_before;
     values.insert("host_cpu_s".to_owned(), cpu_s);
@@ -182,7 +185,8 @@ impl<'a> Course<'a> {
             ..Work::default()
         };
         if arm.squeezed {
-            let goal = u64::from(arm.memory_mib) * 256 / 2;
+            // All that is cold.
+            let goal = pages - hot.pages;
             self.rig.ask_client("client.squeeze", goal)?;
         }
         let done = self.work(&hot, "steady", "work_per_s")?;
@@ -220,7 +224,7 @@ impl<'a> Course<'a> {
             let hot = Work {
                 first: pages / PHASES * phase,
                 pages: pages / PHASES,
-                seconds: self.extent.hot_s / 2.0,
+                seconds: self.extent.phase_s,
                 seed: phase + 1,
                 write_permille: WRITE_PERMILLE,
                 with_tree: false,
