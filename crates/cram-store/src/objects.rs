@@ -15,8 +15,8 @@
 use crate::ObjectId;
 use crate::arena::{NUMBERS, Place};
 use crate::budget::{Budget, Shortage, malloc_bytes};
-use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::{RwLock, RwLockWriteGuard};
 
 /// What a number stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,21 @@ struct Table {
 pub(crate) struct Objects {
     table: RwLock<Table>,
     bytes: AtomicU64,
+}
+
+/// See [`Objects::lock`].
+pub(crate) struct LockedObjects<'a>(RwLockWriteGuard<'a, Table>);
+
+impl LockedObjects<'_> {
+    /// What says that a record of the object is at `place`.
+    pub(crate) fn copy_of(&mut self, number: u32, place: Place) -> Option<&mut Option<Place>> {
+        let entry = self.0.entries.get_mut(number as usize)?;
+        let copies = &mut entry.copies;
+        copies
+            .iter_mut()
+            .find(|copy| **copy == Some(place))
+            .filter(|_| !entry.is_free)
+    }
 }
 
 fn table_bytes(capacity: usize) -> u64 {
@@ -205,26 +220,9 @@ impl Objects {
         }
     }
 
-    /// Compaction has come by a record of an object: calls `copy` if it is in use, and keeps the
-    /// place that it returns instead.
-    pub(crate) fn relocate<E>(
-        &self,
-        number: u32,
-        from: Place,
-        copy: impl FnOnce() -> Result<Place, E>,
-    ) -> Result<bool, E> {
-        let mut table = self.table.write();
-        let entry = table.entries.get_mut(number as usize);
-        let slot = entry
-            .filter(|entry| !entry.is_free)
-            .and_then(|entry| entry.copies.iter_mut().find(|place| **place == Some(from)));
-        match slot {
-            None => Ok(false),
-            Some(slot) => {
-                *slot = Some(copy()?);
-                Ok(true)
-            }
-        }
+    /// Keeps all numbers whose they are.
+    pub(crate) fn lock(&self) -> LockedObjects<'_> {
+        LockedObjects(self.table.write())
     }
 
     /// At recovery: enters an object under its number, or a second record of one that is there.

@@ -208,7 +208,7 @@ impl Reader<'_> {
             owner.reserve_anyway(space.bill_bytes(core, header.len));
         });
         space.page_in(core, header);
-        core.note_twin(space.domain.as_deref(), header, found.place);
+        core.note_twin(space.sharing_domain(), header, found.place);
         if let Some(old) = prepared.old {
             self.discarded.fetch_add(1, Relaxed);
             self.supersede(space, old);
