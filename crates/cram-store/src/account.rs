@@ -9,11 +9,11 @@
 use std::sync::Arc;
 
 use crate::budget::{Budget, Shortage, add_within};
-use crate::queue::Queue;
+use crate::queue::{Queue, SharedCursor};
 use crate::settings::{ClientSettings, DEFAULT_WEIGHT};
 use crate::stats::Tally;
-use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use crate::sync::{Mutex, RwLock};
 
 /// Stands for "no quota" where a quota is kept as a number.
 pub(crate) const NO_QUOTA: u64 = u64::MAX;
@@ -52,6 +52,7 @@ pub(crate) struct Account {
     pub(crate) tally: Tally,
     /// Its ephemeral pages, the oldest first.
     pub(crate) queue: Queue,
+    pub(crate) shared_cursor: Mutex<SharedCursor>,
 }
 
 impl Account {
@@ -76,6 +77,7 @@ impl Account {
             is_closed: AtomicBool::new(false),
             tally: Tally::new(stripes),
             queue: Queue::new(number),
+            shared_cursor: Mutex::default(),
         }
     }
 
@@ -228,6 +230,17 @@ impl Accounts {
             .get(usize::from(number))?
             .as_deref()
             .map(act)
+    }
+
+    /// The first thing that `look` finds at an account of this number or a greater one.
+    pub(crate) fn find_from<T>(
+        &self,
+        number: u16,
+        look: impl FnMut(&Account) -> Option<T>,
+    ) -> Option<T> {
+        let by_number = self.by_number.read();
+        let rest = by_number.iter().skip(number.into()).flatten();
+        rest.map(|account| &**account).find_map(look)
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Account>> {

@@ -242,12 +242,19 @@ impl Catalogue {
         self.entries.remove(key).unwrap_or_default()
     }
 
-    /// The slot that says that a record is at `place`.
-    pub(crate) fn slot(&mut self, key: &EntryKey, place: Place) -> Option<&mut Option<Place>> {
-        self.entries
-            .get_mut(key)?
-            .iter_mut()
-            .find(|copy| **copy == Some(place))
+    /// The slot that says that a record is at `place`, and which of the two it is.
+    pub(crate) fn slot(
+        &mut self,
+        key: &EntryKey,
+        place: Place,
+    ) -> Option<(usize, &mut Option<Place>)> {
+        let copies = self.entries.get_mut(key)?.iter_mut().enumerate();
+        copies.into_iter().find(|(_, copy)| **copy == Some(place))
+    }
+
+    /// The places of each entry's records, for checks.
+    pub(crate) fn all_copies(&self) -> impl Iterator<Item = &[Option<Place>; 2]> {
+        self.entries.values()
     }
 
     /// The place of every record, for checks.

@@ -20,6 +20,7 @@ use crate::core::{Core, Target};
 use crate::evict::Whose;
 use crate::queue::{Class, Visit};
 use crate::replace::How;
+use crate::sync::atomic::Ordering::Relaxed;
 
 /// Dead bytes below this share of a span (as 1 / n) are not worth moving the rest.
 const WORTH: u32 = 16;
@@ -67,7 +68,28 @@ impl Core {
     ///
     /// Takes all kinds of locks: call it with none held.
     pub(crate) fn make_span(&self) -> bool {
-        if self.evict(Whose::Any) > 0 && self.has_span() {
+        if self.has_span() {
+            return true;
+        }
+        // One after the other: who has waited may find what it wants.
+        let _making = self.making.lock();
+        if self.has_span() {
+            return true;
+        }
+        if self.is_futile() && self.evictable_bytes.load(Relaxed) == 0 {
+            return false;
+        }
+        // What is freed from here on says that it is not.
+        self.set_futile(true);
+        let is_made = self.try_to_make_span();
+        if is_made {
+            self.set_futile(false);
+        }
+        is_made
+    }
+
+    fn try_to_make_span(&self) -> bool {
+        if self.evictable_bytes.load(Relaxed) > 0 && self.evict(Whose::Any) > 0 && self.has_span() {
             return true;
         }
         let mut is_sealed = false;
@@ -176,7 +198,8 @@ impl Core {
         };
         let age = time.saturating_sub(victim.born);
         let target = match (victim.role, &owner) {
-            (Role::Catalogue, _) => Target::Log(&self.catalogue_head),
+            // Which of the two each record says.
+            (Role::Catalogue, _) => Target::Catalogue(0),
             (Role::Fresh(_), Some(owner)) => Target::Beside(&owner.queue, Class::Fresh, visit),
             (Role::Proven(_), Some(owner)) => Target::Beside(&owner.queue, Class::Proven, visit),
             _ if self.arena.spans().is_settled(victim.span) => Target::Cold,
@@ -214,4 +237,51 @@ fn benefit(info: &SpanInfo, layout: Layout, time: u64) -> u64 {
         .saturating_mul(age.min(1 << 24))
         .saturating_mul(1024)
         / cost
+}
+
+#[cfg(all(test, not(loom), not(shuttle)))]
+mod tests {
+    use crate::{
+        ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store, StoreConfig,
+    };
+
+    /// A put that cannot be helped is refused without a look at the spans, for which it would need
+    /// the compactor: held here, so that it would wait for ever.
+    #[test]
+    fn a_refusal_looks_at_no_span() {
+        let store = Store::new(StoreConfig {
+            capacity_bytes: 2 << 20,
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let client = store.add_client("a", None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let (pool, mut scratch) = (client.pool(PoolId(0)).unwrap(), Scratch::new());
+        let (mut page, mut state) = ([0; PAGE_SIZE], 0_u64);
+        let mut put = |index: u32| {
+            for word in page.as_chunks_mut::<8>().0 {
+                state = crate::arena::mix(state.wrapping_add(1));
+                *word = state.to_le_bytes();
+            }
+            pool.put(ObjectId([0; 3]), index, &page, &mut scratch)
+        };
+        let mut index = 0;
+        while put(index) == PutResult::Stored {
+            index += 1;
+        }
+        let compactor = store.core.compactor.lock();
+        for more in 1..100 {
+            assert_ne!(put(index + more), PutResult::Stored);
+        }
+        drop(compactor);
+        // What is freed is found again.
+        assert_eq!(pool.flush_page(ObjectId([0; 3]), 0, 40), 40);
+        assert_eq!(put(0), PutResult::Stored);
+        store.check().unwrap();
+    }
 }

@@ -43,6 +43,8 @@ pub(crate) struct SharedSpace {
 pub(crate) enum Target<'a> {
     /// To a head of no order.
     Log(&'a Head),
+    /// To the head for one of an entry's two records.
+    Catalogue(usize),
     /// To the head of what was looked at for recompression.
     Cold,
     /// To the end of an account's queue.
@@ -53,7 +55,8 @@ pub(crate) enum Target<'a> {
 
 /// See the module's text.
 ///
-/// Lock order, outermost first: the store's clients, a client's pools, `shared`, the compactor, a
+/// Lock order, outermost first: the store's clients, a client's pools, what is kept of it, `shared`,
+/// `making`, the compactor, a
 /// space's shard, a domain's images, `objects`, `catalogue`, a head, a queue's order, the arena's
 /// list of free spans. `accounts`, `spaces` and `domains` are locked for a look only, inside any of
 /// them but the last three. No two locks of one rank at a time.
@@ -70,13 +73,16 @@ pub(crate) struct Core {
     pub(crate) aged: Box<[Head]>,
     /// Where those go that were looked at for recompression.
     pub(crate) cold: Head,
-    pub(crate) catalogue_head: Head,
+    /// One for each of an entry's two records: so they are never in one span.
+    catalogue_heads: [Head; 2],
     pub(crate) accounts: Accounts,
     pub(crate) spaces: RwLock<Vec<Option<Arc<Space>>>>,
     pub(crate) domains: RwLock<HashMap<u16, Arc<Domain>>>,
     pub(crate) objects: Objects,
     pub(crate) catalogue: Mutex<Catalogue>,
     pub(crate) shared: Mutex<HashMap<[u8; 16], SharedSpace>>,
+    /// Held by the put that makes room, of those that find none.
+    pub(crate) making: Mutex<()>,
     pub(crate) compactor: Mutex<Compactor>,
     /// What happened in accounts that are gone.
     pub(crate) retired: Tally,
@@ -91,6 +97,8 @@ pub(crate) struct Core {
     pub(crate) shards_per_space: usize,
     /// A put was refused for want of room, and nothing was freed since.
     is_full: AtomicBool,
+    /// A put tried to make room in vain, and nothing was freed since: so it would be in vain again.
+    is_futile: AtomicBool,
 }
 
 /// How the arena of a store of this capacity is cut up: into 64 spans or more, of 16 KiB to 1 MiB,
@@ -140,13 +148,14 @@ impl Core {
             heads: pages_heads(heads),
             aged: pages_heads(aged),
             cold: Head::new(Role::Pages),
-            catalogue_head: Head::new(Role::Catalogue),
+            catalogue_heads: [(); 2].map(|()| Head::new(Role::Catalogue)),
             accounts: Accounts::new(),
             spaces: RwLock::default(),
             domains: RwLock::default(),
             objects: Objects::default(),
             catalogue: Mutex::default(),
             shared: Mutex::default(),
+            making: Mutex::default(),
             compactor: Mutex::default(),
             retired: Tally::new(1),
             sizes: Sizes::new(stripes),
@@ -156,6 +165,7 @@ impl Core {
             stripes,
             shards_per_space: if is_small { 4 } else { 16 },
             is_full: AtomicBool::new(false),
+            is_futile: AtomicBool::new(false),
         };
         core.budget.reserve(core.fixed_bytes()).ok()?;
         Some(core)
@@ -218,9 +228,19 @@ impl Core {
     }
 
     pub(crate) fn note_freed(&self) {
-        if self.is_full.load(Relaxed) {
-            self.is_full.store(false, Relaxed);
+        for flag in [&self.is_full, &self.is_futile] {
+            if flag.load(Relaxed) {
+                flag.store(false, Relaxed);
+            }
         }
+    }
+
+    pub(crate) fn is_futile(&self) -> bool {
+        self.is_futile.load(Relaxed)
+    }
+
+    pub(crate) fn set_futile(&self, is_futile: bool) {
+        self.is_futile.store(is_futile, Relaxed);
     }
 
     pub(crate) fn is_full(&self) -> bool {
@@ -249,7 +269,8 @@ impl Core {
         self.heads
             .iter()
             .chain(&self.aged)
-            .chain([&self.cold, &self.catalogue_head])
+            .chain([&self.cold])
+            .chain(&self.catalogue_heads)
     }
 
     /// Appends a record; see [`Arena::append`] for what that takes.
@@ -262,7 +283,7 @@ impl Core {
     ) -> Result<Place, Shortage> {
         let arena = &self.arena;
         let (head, opened): (&Head, &dyn Fn(u32)) = match target {
-            Target::Log(head) if std::ptr::eq(head, &self.catalogue_head) => (head, &|_| ()),
+            Target::Catalogue(copy) => (&self.catalogue_heads[copy], &|_| ()),
             Target::Log(head) => (head, &|_| self.waker.wake()),
             Target::Cold => (&self.cold, &move |span| {
                 arena.spans().settle(span, arena.spans().sequence(span));
@@ -297,10 +318,10 @@ impl Core {
             is_used: false,
         };
         let mut copies = [None; 2];
-        let mut missing = copies.iter_mut().take(count);
-        let written = missing.try_for_each(|copy| {
+        let mut missing = copies.iter_mut().enumerate().take(count);
+        let written = missing.try_for_each(|(at, copy)| {
             *copy = Some(self.append(
-                Target::Log(&self.catalogue_head),
+                Target::Catalogue(at),
                 Record { header, payload },
                 None,
                 Urgency::Normal,

@@ -88,13 +88,18 @@ pub(crate) struct Objects {
 pub(crate) struct LockedObjects<'a>(RwLockWriteGuard<'a, Table>);
 
 impl LockedObjects<'_> {
-    /// What says that a record of the object is at `place`.
-    pub(crate) fn copy_of(&mut self, number: u32, place: Place) -> Option<&mut Option<Place>> {
+    /// What says that a record of the object is at `place`, and which of the two it is.
+    pub(crate) fn copy_of(
+        &mut self,
+        number: u32,
+        place: Place,
+    ) -> Option<(usize, &mut Option<Place>)> {
         let entry = self.0.entry_mut(number)?;
         let copies = &mut entry.copies;
         copies
             .iter_mut()
-            .find(|copy| **copy == Some(place))
+            .enumerate()
+            .find(|(_, copy)| **copy == Some(place))
             .filter(|_| !entry.is_free)
     }
 }

@@ -40,8 +40,9 @@ pub enum GetResult {
     Corrupt,
 }
 
-/// How often a put makes room and tries again before it is refused.
-const PUT_TRIES: u32 = 8;
+/// How often a put makes room and tries again before it is refused. Many others may take what it
+/// made.
+const PUT_TRIES: u32 = 32;
 /// How often an exclusive get starts again when the page changed while it was unpacked.
 const GET_TRIES: u32 = 16;
 
@@ -260,7 +261,7 @@ impl Pool {
         let bytes = (self.space.bill_bytes(core, len) + 512) << (tries - 1).min(8);
         match obstacle {
             Obstacle::PoolGone => false,
-            Obstacle::Quota => core.evict(Whose::Client(&self.account, bytes)) > 0,
+            Obstacle::Quota => core.evict(Whose::Put(&self.account, bytes)) > 0,
             Obstacle::Room => core.make_span(),
             // The index needs bytes from the host, so spans must go back to it.
             Obstacle::Index => core.arena.trim(0) > 0 || core.make_span(),

@@ -144,16 +144,20 @@ impl Core {
                 let mut objects = self.objects.lock();
                 objects
                     .copy_of(header.number, found.place)
-                    .map(|copy| CopySlot { copy, found })
-                    .map(|mut slot| self.replace_record(&mut slot, record(), how))
+                    .map(|(at, copy)| (Target::Catalogue(at), CopySlot { copy, found }))
+                    .map(|(target, mut slot)| {
+                        self.replace_record(&mut slot, record(), How { target, ..how })
+                    })
             }
             Kind::Account | Kind::Space | Kind::Pool => {
                 let key = (header.kind, header.number, header.index);
                 let mut catalogue = self.catalogue.lock();
                 catalogue
                     .slot(&key, found.place)
-                    .map(|copy| CopySlot { copy, found })
-                    .map(|mut slot| self.replace_record(&mut slot, record(), how))
+                    .map(|(at, copy)| (Target::Catalogue(at), CopySlot { copy, found }))
+                    .map(|(target, mut slot)| {
+                        self.replace_record(&mut slot, record(), How { target, ..how })
+                    })
             }
         };
         replaced.transpose().map(|replaced| replaced.is_some())

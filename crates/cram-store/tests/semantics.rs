@@ -547,3 +547,33 @@ fn a_handle_on_a_shared_pool_ends_when_its_client_leaves() {
     assert_eq!(get(&other, 2, SOME), GetResult::Found);
     store.check().unwrap();
 }
+
+/// A put over quota looks for the client's pages among those of others, but not at all of them.
+#[test]
+fn one_page_in_a_shared_pool_is_found_by_many_puts_not_by_each() {
+    const OTHERS: u32 = 5000;
+    let store = store_of(32 << 20);
+    let [a, b] = ["a", "b"].map(|name| store.add_client(name, None).unwrap());
+    let [theirs, mine] = [&a, &b].map(|client| pool_of(client, 0, SHARED));
+    let kept = pool_of(&b, 1, PERSISTENT);
+    for index in 0..OTHERS {
+        assert_eq!(put(&theirs, index, Content::Packs(3)), PutResult::Stored);
+    }
+    // The last one of all.
+    assert_eq!(put(&mine, OTHERS, Content::Packs(3)), PutResult::Stored);
+    b.set_quota(Some(b.stats().mem_used_total + 20_000));
+    let mut index = 0;
+    while put(&kept, index, Content::Noise) == PutResult::Stored {
+        index += 1;
+    }
+    assert_eq!(get(&mine, OTHERS, Content::Packs(3)), GetResult::Found);
+    let mut refused = 1;
+    while get(&mine, OTHERS, Content::Packs(3)) == GetResult::Found {
+        assert_ne!(put(&kept, index, Content::Noise), PutResult::Stored);
+        refused += 1;
+        assert!(refused < OTHERS / 20, "it is never found");
+    }
+    assert!(refused > 5, "{refused} puts looked at everything");
+    assert_eq!(theirs.pages(), OTHERS.into());
+    store.check().unwrap();
+}
