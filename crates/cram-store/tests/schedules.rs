@@ -344,3 +344,92 @@ fn a_number_that_changes_hands_leads_to_nobody_elses_page() {
         ]);
     });
 }
+
+/// Equal pages are shared, moved and packed anew, and overwritten: what was acknowledged is there
+/// whenever the process is killed.
+#[test]
+fn what_was_acknowledged_is_there_whatever_moves_it() {
+    with_crashes(4000, |crashing| {
+        let store = &crashing.store;
+        let client = store.add_client("a", None).unwrap();
+        let pages = pool(&client, 0, PoolKind::Persistent);
+        for index in 0..8 {
+            assert_eq!(put(&pages, index, Content::Text, 1), PutResult::Stored);
+        }
+        pages.flush_page(OBJECT, 1, 2);
+        // How often page 0 was put, and page 64.
+        let acknowledged = Arc::new(AtomicU32::new(0));
+        let (mover, crashed, at) = (store.clone(), crashing.clone(), acknowledged.clone());
+        all(vec![
+            Box::new(move || {
+                mover.recompress(Duration::ZERO);
+                mover.compact();
+            }),
+            Box::new(move || {
+                for (version, number) in (1..).zip([2, 1, 3]) {
+                    assert_eq!(put(&pages, 0, Content::Text, number), PutResult::Stored);
+                    acknowledged.store(version, SeqCst);
+                }
+            }),
+            Box::new(move || {
+                crashed.crash(
+                    || at.load(SeqCst),
+                    |found, version| {
+                        let client = found.client("a").unwrap();
+                        let pool = client.pool(PoolId(0)).unwrap();
+                        let first = get_of(&pool, OBJECT, 0).unwrap();
+                        let numbers = [1, 2, 1, 3];
+                        let may_be =
+                            &numbers[version as usize..numbers.len().min(version as usize + 2)];
+                        let is_one = |number: &u64| first == page_of(Content::Text, *number);
+                        assert!(may_be.iter().any(is_one), "version {version}");
+                        for index in 3..8 {
+                            let page = get_of(&pool, OBJECT, index);
+                            assert!(page == Some(page_of(Content::Text, 1)), "{index}");
+                        }
+                        assert!(get_of(&pool, OBJECT, 1).is_none());
+                    },
+                );
+            }),
+        ]);
+    });
+}
+
+/// A client is reset: a process that is killed leaves all of it, or nothing and another generation.
+#[test]
+fn a_reset_is_one_moment() {
+    with_crashes(3000, |crashing| {
+        let store = &crashing.store;
+        let client = store.add_client("a", None).unwrap();
+        let pages = pool(&client, 0, PoolKind::Persistent);
+        let others = pool(&client, 1, PoolKind::PrivateEphemeral);
+        for index in 0..3 {
+            assert_eq!(put(&pages, index, Content::Packs(9), 1), PutResult::Stored);
+            assert_eq!(put(&others, index, Content::Packs(9), 1), PutResult::Stored);
+        }
+        let before = client.generation();
+        let done = Arc::new(AtomicU32::new(0));
+        let (crashed, at, mover) = (crashing.clone(), done.clone(), store.clone());
+        all(vec![
+            Box::new(move || {
+                client.reset().unwrap();
+                done.store(1, SeqCst);
+                assert_eq!(client.stats().pages_stored, 0);
+            }),
+            Box::new(move || _ = mover.compact()),
+            Box::new(move || {
+                crashed.crash(
+                    || at.load(SeqCst),
+                    |found, done| {
+                        let client = found.client("a").unwrap();
+                        let is_old = client.generation() == before;
+                        assert!(!is_old || done == 0);
+                        let expected = if is_old { (2, 6) } else { (0, 0) };
+                        let pages = client.stats().pages_stored;
+                        assert_eq!((client.pools().len(), pages), expected);
+                    },
+                );
+            }),
+        ]);
+    });
+}
