@@ -19,13 +19,10 @@ use std::collections::HashMap;
 use crate::ObjectId;
 use crate::account::{Holder, NO_QUOTA};
 use crate::arena::{Kind, Place};
-use crate::client::PoolSpec;
 use crate::objects::Object;
 use crate::settings::{ClientSettings, Identity};
-use crate::space::Keeping;
+use crate::spec::{Keeping, NAME_BYTES_MAX, PoolSpec};
 
-/// The most bytes of a name.
-pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// No sharing group.
 const NO_GROUP: u16 = u16::MAX;
 
@@ -53,7 +50,7 @@ impl AccountRecord {
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let (settings, identity) = (&self.settings, &self.identity);
-        // Bounded by `ClientSettings::checked`.
+        // See `ClientSettings::is_bounded`.
         let authorised = u8::try_from(settings.authorised.len()).unwrap_or(u8::MAX);
         let mut bytes = vec![self.holder as u8];
         bytes.extend(self.group.unwrap_or(NO_GROUP).to_le_bytes());
@@ -92,7 +89,9 @@ impl AccountRecord {
             },
             authorised: uuids.as_chunks().0.iter().copied().collect(),
         };
-        settings.checked().ok()?;
+        if !settings.is_bounded() {
+            return None;
+        }
         Some(Self {
             holder: match holder {
                 1 => Holder::Client,

@@ -7,8 +7,6 @@ mod durable;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use thiserror::Error;
-
 use crate::account::{Account, Holder, NO_QUOTA};
 use crate::arena::Kind;
 use crate::catalogue::{AccountRecord, PoolRecord};
@@ -20,63 +18,13 @@ use crate::policy::{PRESSURE_MAX, between, low_watermark};
 use crate::pool::Pool;
 use crate::recover::KnownClient;
 use crate::settings::{AUTHORISED_MAX, Identity};
-use crate::space::{Keeping, Space};
+use crate::space::Space;
+use crate::spec::{Keeping, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
 use crate::stats::ClientStats;
 use crate::sync::atomic::Ordering::Relaxed;
 use crate::sync::{Mutex, RwLock};
 
 use durable::Durable;
-
-/// A pool's number inside its client, chosen by the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PoolId(pub u32);
-
-/// What a pool is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum PoolKind {
-    /// Pages stay until flushed (swap).
-    Persistent,
-    /// Pages may be evicted, and a get removes them (page cache).
-    PrivateEphemeral,
-    /// Pages may be evicted, a get keeps them, and every client that opens the pool under this
-    /// uuid, if the operator allows it, sees the same pages.
-    SharedEphemeral {
-        /// Names the pool among all clients of the store.
-        uuid: [u8; 16],
-    },
-}
-
-/// How a pool is to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PoolSpec {
-    /// What the pool is for.
-    pub kind: PoolKind,
-    /// Refuse pages that do not compress rather than keep them as they are.
-    pub refuse_incompressible: bool,
-}
-
-/// Why a pool could not be made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum PoolError {
-    /// The id is not below the configured number of pools.
-    #[error("no pool of a client can have that id")]
-    BadId,
-    /// A pool with this id is there and is different.
-    #[error("a different pool has this id")]
-    Exists,
-    /// The operator does not allow this client that shared pool; or the client was removed.
-    #[error("this client may not open that pool")]
-    Denied,
-    /// No room for the pool's own structures, in the store or in the client's quota.
-    #[error("there is no room for a pool")]
-    NoSpace,
-}
-
-/// No pool has this id.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("there is no such pool")]
-pub struct NoPool;
 
 /// A client's pools; `is_closed` once the client was removed from the store.
 #[derive(Default)]

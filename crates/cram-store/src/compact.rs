@@ -30,13 +30,6 @@ const WORTH_ALL: u32 = 64;
 /// worth it.
 const PUT_SPANS: u32 = 2 * WORTH;
 
-/// Who compacts holds it. What it has learnt:
-#[derive(Default)]
-pub(crate) struct Compactor {
-    /// Spans that could not be emptied, since a record in them is damaged.
-    stuck: Vec<Visit>,
-}
-
 /// What is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {

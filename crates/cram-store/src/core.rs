@@ -9,33 +9,39 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::account::{Account, Accounts, Holder};
 use crate::arena::{
-    Arena, Head, Header, Kind, Layout, PAYLOAD_BYTES_MAX, Place, Record, Role, SUPERBLOCK_BYTES,
-    Urgency,
+    Arena, Head, Header, Kind, PAYLOAD_BYTES_MAX, Place, Record, Role, SUPERBLOCK_BYTES, Urgency,
 };
 use crate::budget::{Budget, Shortage};
 use crate::catalogue::{
     AccountRecord, Catalogue, EntryKey, OBJECT_BYTES, SpaceRecord, object_to_bytes,
 };
-use crate::compact::Compactor;
 use crate::config::StoreConfig;
 use crate::domain::Domain;
 use crate::ghosts::Ghosts;
 use crate::index::HashKeys;
-use crate::maintain::Waker;
 use crate::objects::{Object, Objects};
 use crate::queue::{Class, Queue, Visit};
 use crate::settings::Identity;
-use crate::space::{Keeping, Space};
+use crate::space::Space;
+use crate::spec::Keeping;
 use crate::stats::{Sizes, StoreStats, Sum, Tally};
 use crate::sums::Sums;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::sync::{Mutex, RwLock};
 use crate::twins::Twins;
+use crate::waker::Waker;
 
 /// A shared space and how many pools are open on it.
 pub(crate) struct SharedSpace {
     pub(crate) space: Arc<Space>,
     pub(crate) opened: u32,
+}
+
+/// Who compacts holds it. What it has learnt:
+#[derive(Default)]
+pub(crate) struct Compactor {
+    /// Spans that could not be emptied, since a record in them is damaged.
+    pub(crate) stuck: Vec<Visit>,
 }
 
 /// Where a record is appended.
@@ -99,24 +105,6 @@ pub(crate) struct Core {
     is_full: AtomicBool,
     /// A put tried to make room in vain, and nothing was freed since: so it would be in vain again.
     is_futile: AtomicBool,
-}
-
-/// How the arena of a store of this capacity is cut up: into 64 spans or more, of 16 KiB to 1 MiB,
-/// so that a small store does not strand a good part of itself in spans that are half full.
-pub(crate) fn layout_for(capacity_bytes: u64) -> Layout {
-    let span_shift = (capacity_bytes / 64).max(1).ilog2().clamp(14, 20);
-    let reach = |granule_shift: u32| 1_u64 << (u32::BITS + granule_shift);
-    let granule_shift = (4..6)
-        .find(|shift| capacity_bytes < reach(*shift) / 2)
-        .unwrap_or(6);
-    crate::arena::fitted(
-        Layout {
-            span_shift,
-            granule_shift,
-            spans: 2,
-        },
-        capacity_bytes,
-    )
 }
 
 fn twins_capacity(is_sharing: bool, capacity_bytes: u64) -> u64 {
@@ -553,7 +541,7 @@ impl Core {
     /// The number of an alias's image. The record is alive, and stays so.
     pub(crate) fn image_number(&self, place: Place, header: &Header) -> Option<u32> {
         let pin = self.arena.pin(place);
-        crate::share::image_in(pin.payload(place, header))
+        crate::alias::image_in(pin.payload(place, header))
     }
 
     /// An image lost one of the pages that need it.
@@ -618,25 +606,4 @@ impl Core {
 /// Whether equal records of this kind are worth looking for.
 fn is_comparable(header: &Header) -> bool {
     matches!(header.kind, Kind::Page | Kind::Image) && !crate::codec::is_filled(header.len)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layouts_suit_their_capacity() {
-        let of = |capacity: u64| {
-            let layout = layout_for(capacity);
-            assert!(layout.len_bytes() <= capacity / 16 * 17 + 3 * layout.span_bytes());
-            assert!(layout.len_bytes() >> layout.granule_shift <= 1 << 32);
-            (layout.span_bytes(), layout.granule_shift)
-        };
-        assert_eq!(of(256 << 10), (16 << 10, 4));
-        assert_eq!(of(4 << 20), (64 << 10, 4));
-        assert_eq!(of(1 << 30), (1 << 20, 4));
-        assert_eq!(of(31 << 30), (1 << 20, 4));
-        assert_eq!(of(60 << 30), (1 << 20, 5));
-        assert_eq!(of(128 << 30), (1 << 20, 6));
-    }
 }

@@ -9,34 +9,15 @@
 //! more. After each piece of work it sleeps as long as its share demands. With
 //! nothing to do it wakes once a second, for microseconds.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::compact::Step;
 use crate::core::Core;
 use crate::recompress::Repacker;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-/// What the background thread may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Background {
-    /// The share of one processor's time that compaction and recompression may take, in percent, 1
-    /// to 100.
-    pub cpu_percent: u32,
-    /// Pages that were neither put nor got for so long are packed once more; `None`: never.
-    pub cold_after: Option<Duration>,
-}
-
-impl Default for Background {
-    /// A quarter of a processor; cold after ten minutes.
-    fn default() -> Self {
-        Self {
-            cpu_percent: 25,
-            cold_after: Some(Duration::from_secs(600)),
-        }
-    }
-}
+use crate::spec::Background;
+use crate::sync::atomic::Ordering;
 
 /// How long the thread sleeps when there is nothing to do.
 const REST: Duration = Duration::from_secs(1);
@@ -50,63 +31,6 @@ const RECORDS: usize = 32;
 const READY_SPANS: usize = 3;
 /// Of all that is held, this share (as 1 / n) may be dead before compaction begins.
 const DEAD_SHARE: u64 = 24;
-
-/// Wakes the background thread, if there is one.
-#[derive(Default)]
-pub(crate) struct Waker {
-    has_thread: AtomicBool,
-    is_wanted: AtomicBool,
-    /// Spans that were opened since the thread last looked.
-    opened: AtomicU64,
-    bell: Mutex<Bell>,
-    rung: Condvar,
-}
-
-#[derive(Default)]
-struct Bell {
-    is_rung: bool,
-    is_over: bool,
-}
-
-impl Waker {
-    /// A span was opened: there may be something to do. Cheap, and safe with any lock held but the
-    /// bell's.
-    pub(crate) fn wake(&self) {
-        self.opened.fetch_add(1, Ordering::Relaxed);
-        if self.is_wanted.load(Ordering::Relaxed) {
-            self.ring(false);
-        }
-    }
-
-    /// Has the thread look at once; false when there is none.
-    pub(crate) fn call(&self) -> bool {
-        let has_thread = self.has_thread.load(Ordering::Relaxed);
-        if has_thread && self.is_wanted.load(Ordering::Relaxed) {
-            self.ring(false);
-        }
-        has_thread
-    }
-
-    fn ring(&self, is_over: bool) {
-        let mut bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
-        bell.is_rung = true;
-        bell.is_over |= is_over;
-        self.rung.notify_one();
-    }
-
-    /// Waits for the bell, `rest` at the most. True when it is all over.
-    fn sleep(&self, rest: Duration) -> bool {
-        self.is_wanted.store(true, Ordering::Relaxed);
-        let bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut bell, _) = self
-            .rung
-            .wait_timeout_while(bell, rest, |bell| !bell.is_rung)
-            .unwrap_or_else(PoisonError::into_inner);
-        bell.is_rung = false;
-        self.is_wanted.store(false, Ordering::Relaxed);
-        bell.is_over
-    }
-}
 
 /// The thread; dropping it ends it.
 pub(crate) struct Keeper {

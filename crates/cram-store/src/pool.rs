@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use crate::account::Account;
 use crate::arena::{Header, Kind, Pin, Place};
-use crate::client::PoolSpec;
 use crate::codec::{Scratch, filled_payload, filled_with, filled_word};
 use crate::core::Core;
 use crate::evict::Whose;
 use crate::index::Key;
 use crate::share::Putting;
-use crate::space::{Incoming, Keeping, Obstacle, Space};
+use crate::space::{Incoming, Obstacle, Space};
+use crate::spec::{Keeping, PoolSpec};
 use crate::stats::{Event, PoolStats, Refusal};
 use crate::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::{ObjectId, PAGE_SIZE, Page};

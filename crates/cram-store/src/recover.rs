@@ -24,13 +24,13 @@ use crate::ObjectId;
 use crate::account::Account;
 use crate::arena::{Arena, Found as FoundRecord, Header, Kind, Place, Role, SpanHeader, Trust};
 use crate::budget::Shortage;
-use crate::client::{PoolId, PoolSpec};
 use crate::core::Core;
 use crate::domain::Domain;
 use crate::index::Numbers;
 use crate::queue::Class;
 use crate::settings::{ClientSettings, Identity};
 use crate::space::Space;
+use crate::spec::{PoolId, PoolSpec};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 

@@ -5,8 +5,6 @@
 
 use std::collections::BTreeSet;
 
-use crate::config::StoreError;
-
 /// The weight of a client of which the operator has said nothing.
 pub const DEFAULT_WEIGHT: u32 = 100;
 /// The most shared pools that one client may be authorised for.
@@ -40,13 +38,9 @@ impl Default for ClientSettings {
 }
 
 impl ClientSettings {
-    /// Refuses what cannot be kept.
-    pub(crate) fn checked(&self) -> Result<(), StoreError> {
-        if self.authorised.len() <= AUTHORISED_MAX {
-            Ok(())
-        } else {
-            Err(StoreError::TooManyAuthorised)
-        }
+    /// Whether it can be kept.
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.authorised.len() <= AUTHORISED_MAX
     }
 }
 

@@ -22,21 +22,10 @@ use crate::leaf::PAGES_PER_LEAF;
 use crate::objects::{Object, Objects};
 use crate::queue::Class;
 use crate::replace::{How, Old, Slot};
+use crate::spec::Keeping;
 use crate::stats::{Amounts, PoolStats, Tally};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::sync::{Mutex, MutexGuard};
-
-/// What becomes of the pages of a space.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Keeping {
-    /// Kept until flushed.
-    Persistent = 1,
-    /// May be evicted; a get takes the page out.
-    Exclusive = 2,
-    /// May be evicted; a get leaves the page and makes it young again.
-    Shared = 3,
-}
 
 /// What a client is billed for a page in a shared pool beyond that, in bytes: there nobody can say
 /// whose page made a table grow.

@@ -7,18 +7,18 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::account::Holder;
-use crate::arena::{Arena, HEADER_BYTES, Opened, now};
+use crate::arena::{Arena, HEADER_BYTES, Opened, layout_for, now};
 use crate::budget::Budget;
-use crate::catalogue::NAME_BYTES_MAX;
 use crate::client::Client;
 use crate::config::{StoreConfig, StoreError};
-use crate::core::{Core, layout_for};
+use crate::core::Core;
 use crate::domain::Domain;
 use crate::maintain::Keeper;
 use crate::policy::ReclaimTarget;
 use crate::recompress::Repacker;
 use crate::recover::{Found, Recovery, recover};
 use crate::settings::Identity;
+use crate::spec::NAME_BYTES_MAX;
 use crate::stats::StoreStats;
 use crate::sync::RwLock;
 

@@ -2,11 +2,11 @@
 
 //! See [`crate::forge`].
 
+use super::layout::layout_for;
 use super::record::{self, HEADER_BYTES, Header, NUMBERS};
 use super::span_header::{Role, SPAN_HEADER_BYTES, SpanHeader, header_words};
 use super::superblock::Superblock;
 use super::{Layout, Place, Secret, salt_of};
-use crate::core::layout_for;
 
 /// The span that is being filled.
 pub(crate) struct ForgedSpan {

@@ -23,6 +23,7 @@ mod file;
 #[cfg(fuzzing)]
 mod forge;
 mod head;
+mod layout;
 mod record;
 mod region;
 mod span;
@@ -34,11 +35,11 @@ mod tests;
 mod walk;
 
 pub(crate) use file::Opened;
-pub(crate) use file::fitted;
 pub use file::{ArenaError, Backing};
 #[cfg(fuzzing)]
 pub(crate) use forge::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
 pub(crate) use head::{Head, Record, now};
+pub(crate) use layout::layout_for;
 pub(crate) use record::{HEADER_BYTES, Header, Kind, NUMBERS, PAYLOAD_BYTES_MAX, is_newer};
 pub(crate) use span_header::{Role, SpanHeader};
 pub(crate) use spans::{SpanInfo, Urgency};

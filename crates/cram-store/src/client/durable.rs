@@ -39,7 +39,9 @@ impl Client {
     /// [`StoreError::TooManyAuthorised`]: nothing was changed. [`StoreError::NoRoom`]: they are in
     /// force, but the arena has no room to keep them: a store that is opened again has the old ones.
     pub fn set_settings(&self, settings: &ClientSettings) -> Result<(), StoreError> {
-        settings.checked()?;
+        if !settings.is_bounded() {
+            return Err(StoreError::TooManyAuthorised);
+        }
         self.change(|durable| {
             durable.authorised.clone_from(&settings.authorised);
             self.account.set_quota(settings.quota_bytes);

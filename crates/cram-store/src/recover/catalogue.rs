@@ -11,8 +11,8 @@ use crate::account::{Account, Holder};
 use crate::arena::{Found, Kind, NUMBERS, Place, SpanHeader, Trust, is_newer};
 use crate::budget::Shortage;
 use crate::catalogue::{AccountRecord, EntryKey, PoolRecord, SpaceRecord, object_from_bytes};
-use crate::client::{PoolId, PoolKind, PoolSpec};
-use crate::space::{Keeping, Space};
+use crate::space::Space;
+use crate::spec::{Keeping, PoolId, PoolKind, PoolSpec};
 use crate::sync::atomic::Ordering::Relaxed;
 
 impl Reader<'_> {

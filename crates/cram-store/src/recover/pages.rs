@@ -4,12 +4,12 @@
 
 use super::survey::in_parallel;
 use super::{Needed, Numbering, Reader};
+use crate::alias::image_in;
 use crate::arena::{Found, Kind, Place, Role, SpanHeader, Trust, is_newer};
 use crate::budget::Shortage;
 use crate::codec::{Scratch, filled_word};
 use crate::index::Key;
 use crate::objects::Object;
-use crate::share::image_in;
 use crate::space::Space;
 use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::{PAGE_SIZE, Page};
