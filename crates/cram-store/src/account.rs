@@ -8,16 +8,15 @@
 
 use std::sync::Arc;
 
-use crate::budget::{Shortage, add_within};
-use crate::queue::Queue;
+use crate::budget::{Budget, Shortage, add_within};
+use crate::queue::{Queue, SharedCursor};
+use crate::settings::{ClientSettings, DEFAULT_WEIGHT};
 use crate::stats::Tally;
-use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use crate::sync::{Mutex, RwLock};
 
 /// Stands for "no quota" where a quota is kept as a number.
 pub(crate) const NO_QUOTA: u64 = u64::MAX;
-/// The weight of a client of which the operator has said nothing.
-pub const DEFAULT_WEIGHT: u32 = 100;
 
 /// What an account is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +52,7 @@ pub(crate) struct Account {
     pub(crate) tally: Tally,
     /// Its ephemeral pages, the oldest first.
     pub(crate) queue: Queue,
+    pub(crate) shared_cursor: Mutex<SharedCursor>,
 }
 
 impl Account {
@@ -77,12 +77,21 @@ impl Account {
             is_closed: AtomicBool::new(false),
             tally: Tally::new(stripes),
             queue: Queue::new(number),
+            shared_cursor: Mutex::default(),
         }
     }
 
-    /// Bytes of the structure, to be charged to the store and billed to the account.
+    /// Bytes of the structure, and of all that a client may have beside it, to be charged to the
+    /// store and billed to the account.
     pub(crate) fn fixed_bytes(name: &str, stripes: usize) -> u64 {
-        (size_of::<Self>() + Tally::bytes(stripes) + 2 * name.len() + 512) as u64
+        (size_of::<Self>() + Tally::bytes(stripes) + 2 * name.len() + 2048) as u64
+    }
+
+    /// At recovery: what was set for it.
+    pub(crate) fn restore(&self, settings: &ClientSettings) {
+        self.set_quota(settings.quota_bytes);
+        self.set_weight(settings.weight);
+        self.set_frozen(settings.is_frozen);
     }
 
     pub(crate) fn quota_bytes(&self) -> u64 {
@@ -155,6 +164,49 @@ impl Account {
     }
 }
 
+/// Who pays for a space's tables: the store with bytes of its budget, an account with its quota. So
+/// what an account is billed is what is there, and neither limit is passed even for a moment.
+#[derive(Clone, Copy)]
+pub(crate) struct Purse<'a> {
+    pub(crate) budget: &'a Budget,
+    pub(crate) payer: &'a Account,
+}
+
+impl Purse<'_> {
+    /// Both, or neither.
+    pub(crate) fn reserve(&self, bytes: u64) -> Result<(), Shortage> {
+        self.reserve_beside(bytes, 0)
+    }
+
+    /// For something that will take the place of `old` bytes, which stay reserved until
+    /// [`Self::release_replaced`]. The account is billed only what it will be larger.
+    pub(crate) fn reserve_beside(&self, new: u64, old: u64) -> Result<(), Shortage> {
+        let more = new.saturating_sub(old);
+        self.payer.reserve(more)?;
+        self.budget
+            .reserve(new)
+            .inspect_err(|_| self.payer.release(more))
+    }
+
+    /// Nothing came of [`Self::reserve_beside`].
+    pub(crate) fn cancel(&self, new: u64, old: u64) {
+        self.budget.release(new);
+        self.payer.release(new.saturating_sub(old));
+    }
+
+    /// What was replaced is freed, and what is there instead takes `made` bytes of the `new` ones.
+    pub(crate) fn release_replaced(&self, new: u64, old: u64, made: u64) {
+        self.budget.release(new + old - made);
+        let billed = old + new.saturating_sub(old);
+        self.payer.release(billed - made);
+    }
+
+    pub(crate) fn release(&self, bytes: u64) {
+        self.budget.release(bytes);
+        self.payer.release(bytes);
+    }
+}
+
 /// All accounts, by number.
 pub(crate) struct Accounts {
     by_number: RwLock<Vec<Option<Arc<Account>>>>,
@@ -178,6 +230,17 @@ impl Accounts {
             .get(usize::from(number))?
             .as_deref()
             .map(act)
+    }
+
+    /// The first thing that `look` finds at an account of this number or a greater one.
+    pub(crate) fn find_from<T>(
+        &self,
+        number: u16,
+        look: impl FnMut(&Account) -> Option<T>,
+    ) -> Option<T> {
+        let by_number = self.by_number.read();
+        let rest = by_number.iter().skip(number.into()).flatten();
+        rest.map(|account| &**account).find_map(look)
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Account>> {

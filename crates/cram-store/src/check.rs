@@ -145,7 +145,7 @@ impl<'a> Walk<'a> {
             let index = shard.lock();
             index.verify()?;
             index_bytes += index.held_bytes();
-            index_bill += Space::index_bill_bytes(index.extent());
+            index_bill += index.held_bytes();
             for (_, number) in index.numbers() {
                 if !self.numbers.insert(number) {
                     return Err(format!("number {number} is two objects'"));
@@ -218,17 +218,32 @@ impl<'a> Walk<'a> {
             if !self.numbers.remove(&number) && !is_shared {
                 return Err(format!("number {number} is no object's"));
             }
+            self.are_apart(&copies)?;
             for place in copies {
                 let header = self.record(place, &[Kind::Object])?;
                 if header.number != number {
                     return Err(format!("number {number} leads to that of another"));
                 }
                 self.catalogue += self.core.record_bytes(header.len);
+                if let Some(space) = self.core.space(object.space) {
+                    self.bill(space.payer.number).bytes += space.object_copy_bytes(self.core);
+                }
             }
         }
         match self.numbers.iter().next() {
             None => Ok(()),
             Some(number) => Err(format!("number {number} was not given")),
+        }
+    }
+
+    /// The records of one entry are in different spans.
+    fn are_apart(&self, copies: &[Place]) -> Result<(), String> {
+        let layout = self.core.arena.layout();
+        match copies {
+            [one, other] if layout.span_of(*one) == layout.span_of(*other) => {
+                Err(format!("both copies are in one span: {copies:?}"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -265,6 +280,9 @@ impl<'a> Walk<'a> {
 
     fn catalogue_entries(&mut self) -> Result<(), String> {
         let catalogue = self.core.catalogue.lock();
+        for copies in catalogue.all_copies() {
+            self.are_apart(&copies.iter().flatten().copied().collect::<Vec<_>>())?;
+        }
         for (key, place) in catalogue.all() {
             let header = self.record(place, &[Kind::Account, Kind::Space, Kind::Pool])?;
             if (header.kind, header.number, header.index) != key {

@@ -14,12 +14,13 @@
 //! "Log-structured Memory for DRAM-based Storage", FAST 2014), or beside the
 //! span that it comes from in a queue of ephemeral pages.
 
-use crate::arena::{Found, Kind, Layout, Place, Record, Role, SpanInfo, Trust, Urgency, now};
+use crate::arena::{Layout, Role, SpanInfo, Trust, now};
 use crate::budget::Shortage;
 use crate::core::{Core, Target};
 use crate::evict::Whose;
-use crate::index::Key;
 use crate::queue::{Class, Visit};
+use crate::replace::How;
+use crate::sync::atomic::Ordering::Relaxed;
 
 /// Dead bytes below this share of a span (as 1 / n) are not worth moving the rest.
 const WORTH: u32 = 16;
@@ -28,13 +29,6 @@ const WORTH_ALL: u32 = 64;
 /// Spans that one put empties at the most: as many as it takes to fill another one, if each is just
 /// worth it.
 const PUT_SPANS: u32 = 2 * WORTH;
-
-/// Who compacts holds it. What it has learnt:
-#[derive(Default)]
-pub(crate) struct Compactor {
-    /// Spans that could not be emptied, since a record in them is damaged.
-    stuck: Vec<Visit>,
-}
 
 /// What is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +61,28 @@ impl Core {
     ///
     /// Takes all kinds of locks: call it with none held.
     pub(crate) fn make_span(&self) -> bool {
-        if self.evict(Whose::Any) > 0 && self.has_span() {
+        if self.has_span() {
+            return true;
+        }
+        // One after the other: who has waited may find what it wants.
+        let _making = self.making.lock();
+        if self.has_span() {
+            return true;
+        }
+        if self.is_futile() && self.evictable_bytes.load(Relaxed) == 0 {
+            return false;
+        }
+        // What is freed from here on says that it is not.
+        self.set_futile(true);
+        let is_made = self.try_to_make_span();
+        if is_made {
+            self.set_futile(false);
+        }
+        is_made
+    }
+
+    fn try_to_make_span(&self) -> bool {
+        if self.evictable_bytes.load(Relaxed) > 0 && self.evict(Whose::Any) > 0 && self.has_span() {
             return true;
         }
         let mut is_sealed = false;
@@ -176,101 +191,22 @@ impl Core {
         };
         let age = time.saturating_sub(victim.born);
         let target = match (victim.role, &owner) {
-            (Role::Catalogue, _) => Target::Log(&self.catalogue_head),
+            // Which of the two each record says.
+            (Role::Catalogue, _) => Target::Catalogue(0),
             (Role::Fresh(_), Some(owner)) => Target::Beside(&owner.queue, Class::Fresh, visit),
             (Role::Proven(_), Some(owner)) => Target::Beside(&owner.queue, Class::Proven, visit),
             _ if self.arena.spans().is_settled(victim.span) => Target::Cold,
             _ => Target::Log(self.aged_head(age)),
         };
+        let how = How::moved(target, Some(victim.born));
         let mut walk = self.arena.walk(victim.span, victim.filled);
         while let Some(found) = walk.next() {
-            let is_real = found.is_live && self.evacuate(&found, target, Some(victim.born))?;
+            let is_real = found.is_live && self.relocate(&found, found.header, how)?;
             if found.trust == Trust::Nothing {
                 walk.verified(&found, is_real);
             }
         }
         Ok(())
-    }
-
-    /// Moves a record, if whatever it belongs to still leads to it. Whether it did.
-    pub(crate) fn evacuate(
-        &self,
-        found: &Found,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<bool, Shortage> {
-        let header = found.header;
-        match header.kind {
-            Kind::Page | Kind::Alias => {
-                let Some(object) = self.objects.get(header.number) else {
-                    return Ok(false);
-                };
-                let Some(space) = self.space(object.space) else {
-                    return Ok(false);
-                };
-                let key = Key {
-                    object: object.id,
-                    index: header.index,
-                };
-                self.move_page(&space, &key, found.place, header, target, born)
-            }
-            Kind::Image => self.move_image(found, target, born),
-            Kind::Object => {
-                let copy = || self.copy(found, target, born);
-                let is_moved = self.objects.relocate(header.number, found.place, copy)?;
-                if is_moved {
-                    let _ = self.arena.kill(found.place);
-                }
-                Ok(is_moved)
-            }
-            Kind::Account | Kind::Space | Kind::Pool => {
-                let key = (header.kind, header.number, header.index);
-                let mut catalogue = self.catalogue.lock();
-                let Some(slot) = catalogue.slot(&key, found.place) else {
-                    return Ok(false);
-                };
-                *slot = Some(self.copy(found, target, born)?);
-                let _ = self.arena.kill(found.place);
-                Ok(true)
-            }
-        }
-    }
-
-    fn move_image(
-        &self,
-        found: &Found,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<bool, Shortage> {
-        let header = found.header;
-        let domain = u16::try_from(header.number).ok();
-        let Some(domain) = domain.and_then(|number| self.domain(number)) else {
-            return Ok(false);
-        };
-        let mut images = domain.images.lock();
-        if images.place(header.index) != Ok(found.place) {
-            return Ok(false);
-        }
-        let to = self.copy(found, target, born)?;
-        images.relocate(header.index, found.place, to);
-        self.note_twin(Some(&domain), &header, to);
-        let _ = self.arena.kill(found.place);
-        Ok(true)
-    }
-
-    /// Appends a copy of a record. The lock that its life hangs on is held.
-    fn copy(
-        &self,
-        found: &Found,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<Place, Shortage> {
-        let pin = self.arena.pin(found.place);
-        let record = Record {
-            header: found.header,
-            payload: pin.payload(found.place, &found.header),
-        };
-        self.append(target, record, born, Urgency::Making)
     }
 }
 
@@ -294,4 +230,51 @@ fn benefit(info: &SpanInfo, layout: Layout, time: u64) -> u64 {
         .saturating_mul(age.min(1 << 24))
         .saturating_mul(1024)
         / cost
+}
+
+#[cfg(all(test, not(loom), not(shuttle)))]
+mod tests {
+    use crate::{
+        ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store, StoreConfig,
+    };
+
+    /// A put that cannot be helped is refused without a look at the spans, for which it would need
+    /// the compactor: held here, so that it would wait for ever.
+    #[test]
+    fn a_refusal_looks_at_no_span() {
+        let store = Store::new(StoreConfig {
+            capacity_bytes: 2 << 20,
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let client = store.add_client("a", None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let (pool, mut scratch) = (client.pool(PoolId(0)).unwrap(), Scratch::new());
+        let (mut page, mut state) = ([0; PAGE_SIZE], 0_u64);
+        let mut put = |index: u32| {
+            for word in page.as_chunks_mut::<8>().0 {
+                state = crate::arena::mix(state.wrapping_add(1));
+                *word = state.to_le_bytes();
+            }
+            pool.put(ObjectId([0; 3]), index, &page, &mut scratch)
+        };
+        let mut index = 0;
+        while put(index) == PutResult::Stored {
+            index += 1;
+        }
+        let compactor = store.core.compactor.lock();
+        for more in 1..100 {
+            assert_ne!(put(index + more), PutResult::Stored);
+        }
+        drop(compactor);
+        // What is freed is found again.
+        assert_eq!(pool.flush_page(ObjectId([0; 3]), 0, 40), 40);
+        assert_eq!(put(0), PutResult::Stored);
+        store.check().unwrap();
+    }
 }

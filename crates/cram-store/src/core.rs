@@ -5,29 +5,31 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::account::{Account, Accounts, Holder};
 use crate::arena::{
-    Arena, Head, Header, Kind, Layout, PAYLOAD_BYTES_MAX, Place, Record, Role, SUPERBLOCK_BYTES,
-    Urgency,
+    Arena, Head, Header, Kind, PAYLOAD_BYTES_MAX, Place, Record, Role, SUPERBLOCK_BYTES, Urgency,
 };
 use crate::budget::{Budget, Shortage};
 use crate::catalogue::{
     AccountRecord, Catalogue, EntryKey, OBJECT_BYTES, SpaceRecord, object_to_bytes,
 };
-use crate::compact::Compactor;
 use crate::config::StoreConfig;
 use crate::domain::Domain;
 use crate::ghosts::Ghosts;
-use crate::maintain::Waker;
+use crate::index::HashKeys;
 use crate::objects::{Object, Objects};
 use crate::queue::{Class, Queue, Visit};
-use crate::space::{Keeping, Space};
+use crate::settings::Identity;
+use crate::space::Space;
+use crate::spec::Keeping;
 use crate::stats::{Sizes, StoreStats, Sum, Tally};
 use crate::sums::Sums;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::sync::{Mutex, RwLock};
 use crate::twins::Twins;
+use crate::waker::Waker;
 
 /// A shared space and how many pools are open on it.
 pub(crate) struct SharedSpace {
@@ -35,11 +37,20 @@ pub(crate) struct SharedSpace {
     pub(crate) opened: u32,
 }
 
+/// Who compacts holds it. What it has learnt:
+#[derive(Default)]
+pub(crate) struct Compactor {
+    /// Spans that could not be emptied, since a record in them is damaged.
+    pub(crate) stuck: Vec<Visit>,
+}
+
 /// Where a record is appended.
 #[derive(Clone, Copy)]
 pub(crate) enum Target<'a> {
     /// To a head of no order.
     Log(&'a Head),
+    /// To the head for one of an entry's two records.
+    Catalogue(usize),
     /// To the head of what was looked at for recompression.
     Cold,
     /// To the end of an account's queue.
@@ -50,7 +61,8 @@ pub(crate) enum Target<'a> {
 
 /// See the module's text.
 ///
-/// Lock order, outermost first: the store's clients, a client's pools, `shared`, the compactor, a
+/// Lock order, outermost first: the store's clients, a client's pools, what is kept of it, `shared`,
+/// `making`, the compactor, a
 /// space's shard, a domain's images, `objects`, `catalogue`, a head, a queue's order, the arena's
 /// list of free spans. `accounts`, `spaces` and `domains` are locked for a look only, inside any of
 /// them but the last three. No two locks of one rank at a time.
@@ -67,13 +79,16 @@ pub(crate) struct Core {
     pub(crate) aged: Box<[Head]>,
     /// Where those go that were looked at for recompression.
     pub(crate) cold: Head,
-    pub(crate) catalogue_head: Head,
+    /// One for each of an entry's two records: so they are never in one span.
+    catalogue_heads: [Head; 2],
     pub(crate) accounts: Accounts,
     pub(crate) spaces: RwLock<Vec<Option<Arc<Space>>>>,
     pub(crate) domains: RwLock<HashMap<u16, Arc<Domain>>>,
     pub(crate) objects: Objects,
     pub(crate) catalogue: Mutex<Catalogue>,
     pub(crate) shared: Mutex<HashMap<[u8; 16], SharedSpace>>,
+    /// Held by the put that makes room, of those that find none.
+    pub(crate) making: Mutex<()>,
     pub(crate) compactor: Mutex<Compactor>,
     /// What happened in accounts that are gone.
     pub(crate) retired: Tally,
@@ -88,24 +103,8 @@ pub(crate) struct Core {
     pub(crate) shards_per_space: usize,
     /// A put was refused for want of room, and nothing was freed since.
     is_full: AtomicBool,
-}
-
-/// How the arena of a store of this capacity is cut up: into 64 spans or more, of 16 KiB to 1 MiB,
-/// so that a small store does not strand a good part of itself in spans that are half full.
-pub(crate) fn layout_for(capacity_bytes: u64) -> Layout {
-    let span_shift = (capacity_bytes / 64).max(1).ilog2().clamp(14, 20);
-    let reach = |granule_shift: u32| 1_u64 << (u32::BITS + granule_shift);
-    let granule_shift = (4..6)
-        .find(|shift| capacity_bytes < reach(*shift) / 2)
-        .unwrap_or(6);
-    crate::arena::fitted(
-        Layout {
-            span_shift,
-            granule_shift,
-            spans: 2,
-        },
-        capacity_bytes,
-    )
+    /// A put tried to make room in vain, and nothing was freed since: so it would be in vain again.
+    is_futile: AtomicBool,
 }
 
 fn twins_capacity(is_sharing: bool, capacity_bytes: u64) -> u64 {
@@ -137,13 +136,14 @@ impl Core {
             heads: pages_heads(heads),
             aged: pages_heads(aged),
             cold: Head::new(Role::Pages),
-            catalogue_head: Head::new(Role::Catalogue),
+            catalogue_heads: [(); 2].map(|()| Head::new(Role::Catalogue)),
             accounts: Accounts::new(),
             spaces: RwLock::default(),
             domains: RwLock::default(),
             objects: Objects::default(),
             catalogue: Mutex::default(),
             shared: Mutex::default(),
+            making: Mutex::default(),
             compactor: Mutex::default(),
             retired: Tally::new(1),
             sizes: Sizes::new(stripes),
@@ -153,6 +153,7 @@ impl Core {
             stripes,
             shards_per_space: if is_small { 4 } else { 16 },
             is_full: AtomicBool::new(false),
+            is_futile: AtomicBool::new(false),
         };
         core.budget.reserve(core.fixed_bytes()).ok()?;
         Some(core)
@@ -192,6 +193,14 @@ impl Core {
         }
     }
 
+    /// Everything that was in the arena has been entered.
+    pub(crate) fn recovered(&self) {
+        self.budget.keep_margin();
+        if self.all_spaces().iter().any(|space| space.is_evictable()) {
+            self.make_ghosts();
+        }
+    }
+
     /// To be called, with no lock held, after pages were taken out: gives spans back to the host when
     /// too many are free, or has the background thread do so.
     pub(crate) fn relieve(&self) {
@@ -207,9 +216,19 @@ impl Core {
     }
 
     pub(crate) fn note_freed(&self) {
-        if self.is_full.load(Relaxed) {
-            self.is_full.store(false, Relaxed);
+        for flag in [&self.is_full, &self.is_futile] {
+            if flag.load(Relaxed) {
+                flag.store(false, Relaxed);
+            }
         }
+    }
+
+    pub(crate) fn is_futile(&self) -> bool {
+        self.is_futile.load(Relaxed)
+    }
+
+    pub(crate) fn set_futile(&self, is_futile: bool) {
+        self.is_futile.store(is_futile, Relaxed);
     }
 
     pub(crate) fn is_full(&self) -> bool {
@@ -238,7 +257,8 @@ impl Core {
         self.heads
             .iter()
             .chain(&self.aged)
-            .chain([&self.cold, &self.catalogue_head])
+            .chain([&self.cold])
+            .chain(&self.catalogue_heads)
     }
 
     /// Appends a record; see [`Arena::append`] for what that takes.
@@ -251,7 +271,7 @@ impl Core {
     ) -> Result<Place, Shortage> {
         let arena = &self.arena;
         let (head, opened): (&Head, &dyn Fn(u32)) = match target {
-            Target::Log(head) if std::ptr::eq(head, &self.catalogue_head) => (head, &|_| ()),
+            Target::Catalogue(copy) => (&self.catalogue_heads[copy], &|_| ()),
             Target::Log(head) => (head, &|_| self.waker.wake()),
             Target::Cold => (&self.cold, &move |span| {
                 arena.spans().settle(span, arena.spans().sequence(span));
@@ -286,10 +306,10 @@ impl Core {
             is_used: false,
         };
         let mut copies = [None; 2];
-        let mut missing = copies.iter_mut().take(count);
-        let written = missing.try_for_each(|copy| {
+        let mut missing = copies.iter_mut().enumerate().take(count);
+        let written = missing.try_for_each(|(at, copy)| {
             *copy = Some(self.append(
-                Target::Log(&self.catalogue_head),
+                Target::Catalogue(at),
                 Record { header, payload },
                 None,
                 Urgency::Normal,
@@ -328,6 +348,30 @@ impl Core {
         Ok(())
     }
 
+    /// Writes what is to be known of an account from now on. Takes all kinds of locks.
+    pub(crate) fn write_account(
+        &self,
+        number: u16,
+        record: &AccountRecord,
+    ) -> Result<(), Shortage> {
+        let key = (Kind::Account, u32::from(number), 0);
+        let bytes = record.to_bytes();
+        let write = || self.write_entry(key, &bytes);
+        write().or_else(|why| if self.make_span() { write() } else { Err(why) })
+    }
+
+    /// A number, not 0, that is drawn for one client only once.
+    pub(crate) fn draw_generation(&self) -> u64 {
+        static DRAWN: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let time = since.map_or(0, |since| since.as_nanos());
+        let count = DRAWN.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let secret = self.arena.secret();
+        HashKeys(secret.number(5), secret.number(6))
+            .hash_one((time, count, std::process::id()))
+            .max(1)
+    }
+
     /// Takes an entry out of the catalogue.
     pub(crate) fn erase_entry(&self, key: &EntryKey) {
         let mut catalogue = self.catalogue.lock();
@@ -340,10 +384,9 @@ impl Core {
         &self,
         number: u32,
         object: &Object,
-        is_evictable: bool,
+        copies: usize,
     ) -> Result<[Option<Place>; 2], Shortage> {
         let payload: [u8; OBJECT_BYTES] = object_to_bytes(object);
-        let copies = if is_evictable { 1 } else { 2 };
         self.write_copies((Kind::Object, number, 0), 0, &payload, copies)
     }
 
@@ -372,9 +415,6 @@ impl Core {
 
     /// At recovery: enters a space under its number.
     pub(crate) fn adopt_space(&self, space: Arc<Space>) {
-        if space.is_evictable() {
-            self.make_ghosts();
-        }
         let mut spaces = self.spaces.write();
         let at = space.number as usize;
         if spaces.len() <= at {
@@ -446,6 +486,7 @@ impl Core {
         group: Option<u16>,
         name: &str,
         quota_bytes: Option<u64>,
+        identity: Identity,
     ) -> Option<Arc<Account>> {
         self.sweep_accounts();
         let bytes = Account::fixed_bytes(name, self.stripes);
@@ -453,11 +494,9 @@ impl Core {
             let account = Account::new(number, holder, name, quota_bytes, self.stripes);
             account.reserve(bytes).ok()?;
             self.budget.reserve(bytes).ok()?;
-            let record = AccountRecord {
-                holder,
-                group,
-                name: name.to_owned(),
-            };
+            let mut record = AccountRecord::plain(holder, group, name);
+            record.settings.quota_bytes = quota_bytes;
+            record.identity = identity;
             let key = (Kind::Account, u32::from(number), 0);
             self.write_entry(key, &record.to_bytes())
                 .inspect_err(|_| self.budget.release(bytes))
@@ -502,7 +541,7 @@ impl Core {
     /// The number of an alias's image. The record is alive, and stays so.
     pub(crate) fn image_number(&self, place: Place, header: &Header) -> Option<u32> {
         let pin = self.arena.pin(place);
-        crate::share::image_in(pin.payload(place, header))
+        crate::alias::image_in(pin.payload(place, header))
     }
 
     /// An image lost one of the pages that need it.
@@ -567,25 +606,4 @@ impl Core {
 /// Whether equal records of this kind are worth looking for.
 fn is_comparable(header: &Header) -> bool {
     matches!(header.kind, Kind::Page | Kind::Image) && !crate::codec::is_filled(header.len)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layouts_suit_their_capacity() {
-        let of = |capacity: u64| {
-            let layout = layout_for(capacity);
-            assert!(layout.len_bytes() <= capacity / 16 * 17 + 3 * layout.span_bytes());
-            assert!(layout.len_bytes() >> layout.granule_shift <= 1 << 32);
-            (layout.span_bytes(), layout.granule_shift)
-        };
-        assert_eq!(of(256 << 10), (16 << 10, 4));
-        assert_eq!(of(4 << 20), (64 << 10, 4));
-        assert_eq!(of(1 << 30), (1 << 20, 4));
-        assert_eq!(of(31 << 30), (1 << 20, 4));
-        assert_eq!(of(60 << 30), (1 << 20, 5));
-        assert_eq!(of(128 << 30), (1 << 20, 6));
-    }
 }

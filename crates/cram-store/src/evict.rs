@@ -10,10 +10,11 @@
 use std::sync::Arc;
 
 use crate::account::{Account, Holder};
-use crate::arena::{Found, Header, Kind, Place, Record, Role, SpanInfo, Trust, Urgency};
+use crate::arena::{Found, Header, Kind, Role, SpanInfo, Trust};
 use crate::core::{Core, Target};
 use crate::index::Key;
-use crate::queue::{Class, Visit};
+use crate::queue::{Class, SharedCursor, Visit};
+use crate::replace::How;
 use crate::space::Space;
 use crate::stats::Event;
 use crate::sync::atomic::Ordering::Relaxed;
@@ -23,6 +24,11 @@ const KIND_SPANS: u32 = 8;
 /// Spans looked at in one call, at the most.
 const SPANS_MAX: u32 = 64;
 
+/// Records of shared pools that one put looks at, at the most.
+const SHARED_RECORDS: u32 = 256;
+/// Spans that it looks into.
+const SHARED_SPANS: u32 = 4;
+
 /// Whose pages may go.
 #[derive(Clone, Copy)]
 pub(crate) enum Whose<'a> {
@@ -30,6 +36,9 @@ pub(crate) enum Whose<'a> {
     Any,
     /// Only this client's, until that many bytes are off its bill.
     Client(&'a Account, u64),
+    /// The same, for a put that waits: of what the client has among others' pages, it looks at a
+    /// little, and the next put at what is behind it.
+    Put(&'a Account, u64),
 }
 
 /// What to do with the pages of a span.
@@ -61,6 +70,10 @@ impl Core {
             Whose::Client(account, bytes) => {
                 self.evict_own(account, bytes, &mut done);
                 self.evict_shared(account, bytes, &mut done);
+            }
+            Whose::Put(account, bytes) => {
+                self.evict_own(account, bytes, &mut done);
+                self.evict_shared_some(account, bytes, &mut done);
             }
             Whose::Any => {
                 for round in 0..SPANS_MAX {
@@ -127,6 +140,67 @@ impl Core {
             };
             self.sweep(visit, &info, &mut sweep);
         }
+    }
+
+    /// As [`Self::evict_shared`], but looks at [`SHARED_RECORDS`] records at the most, from where the
+    /// last call ended.
+    fn evict_shared_some(&self, account: &Account, bytes: u64, done: &mut Evicted) {
+        if done.bytes >= bytes || account.evictable_bytes.load(Relaxed) == 0 {
+            return;
+        }
+        let mut cursor = account.shared_cursor.lock();
+        let mut left = SHARED_RECORDS;
+        for _ in 0..SHARED_SPANS {
+            let Some((visit, granule)) = self.shared_span(&mut cursor) else {
+                return;
+            };
+            let _pin = self.arena.pin(self.arena.layout().place(visit.span, 0));
+            let Some(info) = visit.info(&self.arena) else {
+                cursor.next_span();
+                continue;
+            };
+            let mut sweep = Sweep {
+                only: Some(account.number),
+                is_forced: true,
+                is_fresh: matches!(info.role, Role::Fresh(_)),
+                bytes,
+                done,
+            };
+            let mut walk = self.arena.walk_from(visit.span, granule, info.filled);
+            while let Some(found) = walk.next() {
+                if found.trust == Trust::Nothing {
+                    walk.verified(&found, false);
+                } else if found.is_live {
+                    self.evict_record(&found, &mut sweep);
+                }
+                left -= 1;
+                if left == 0 || sweep.done.bytes >= bytes {
+                    cursor.stay(visit, walk.granule());
+                    return;
+                }
+            }
+            cursor.next_span();
+        }
+    }
+
+    /// The span of a shared pool that the cursor is at, and the granule in it.
+    fn shared_span(&self, cursor: &mut SharedCursor) -> Option<(Visit, u32)> {
+        // Once around: from the cursor to the last, and from the first.
+        for _ in 0..2 {
+            let found = self.accounts.find_from(cursor.account, |account| {
+                if account.number != cursor.account {
+                    (cursor.account, cursor.at) = (account.number, 0);
+                }
+                (account.holder == Holder::SharedPool)
+                    .then(|| account.queue.visit_at(cursor.at))
+                    .flatten()
+            });
+            if let Some(visit) = found {
+                return Some((visit, cursor.granule_in(visit)));
+            }
+            *cursor = SharedCursor::default();
+        }
+        None
     }
 
     /// Who is to give pages up: who is over quota; else who uses most beyond a share by weight; else
@@ -232,7 +306,7 @@ impl Core {
             return;
         }
         let is_spared = found.header.is_used && !sweep.is_forced;
-        if is_spared && self.prove(&space, &key, found) {
+        if is_spared && self.prove(&space, found) {
             return;
         }
         if !space.remove(self, &key, |place| place == found.place) {
@@ -252,40 +326,13 @@ impl Core {
     }
 
     /// Moves a page that was used to the proven ones. False when there is no room.
-    fn prove(&self, space: &Space, key: &Key, found: &Found) -> bool {
+    fn prove(&self, space: &Space, found: &Found) -> bool {
         let header = Header {
             is_used: false,
             ..found.header
         };
         let target = Target::Queue(&space.payer.queue, Class::Proven);
-        self.move_page(space, key, found.place, header, target, None)
+        self.relocate(found, header, How::moved(target, None))
             .is_ok()
-    }
-
-    /// Copies a page's record elsewhere, if it is still where it was found.
-    pub(crate) fn move_page(
-        &self,
-        space: &Space,
-        key: &Key,
-        from: Place,
-        header: Header,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<bool, crate::budget::Shortage> {
-        let pin = self.arena.pin(from);
-        let (shard, hash) = space.find(key.object, key.region());
-        let mut index = shard.lock();
-        if index.get(hash, key) != Some(from) {
-            return Ok(false);
-        }
-        let record = Record {
-            header,
-            payload: pin.payload(from, &header),
-        };
-        let to = self.append(target, record, born, Urgency::Making)?;
-        index.relocate(hash, key, from, to);
-        self.note_twin(space.domain.as_deref(), &header, to);
-        let _ = self.arena.kill(from);
-        Ok(true)
     }
 }

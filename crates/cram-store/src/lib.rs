@@ -39,6 +39,7 @@
 #![deny(unsafe_code)]
 
 mod account;
+mod alias;
 mod arena;
 mod budget;
 mod catalogue;
@@ -64,27 +65,31 @@ mod prefetch;
 mod queue;
 mod recompress;
 mod recover;
+mod replace;
+mod settings;
 mod share;
 mod space;
+mod spec;
 mod stats;
 mod store;
 mod sums;
 mod sync;
 mod tables;
 mod twins;
+mod waker;
 
-pub use account::DEFAULT_WEIGHT;
 pub use arena::{ArenaError, Backing, FORMAT_VERSION};
-pub use client::{Client, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
+pub use client::Client;
 pub use codec::Scratch;
 pub use config::{
     CAPACITY_BYTES_MAX, CAPACITY_BYTES_MIN, CLIENTS_MAX, POOLS_PER_CLIENT_MAX, StoreConfig,
     StoreError,
 };
-pub use maintain::Background;
 pub use policy::ReclaimTarget;
 pub use pool::{GetResult, Pool, PutResult};
 pub use recover::Recovery;
+pub use settings::{AUTHORISED_MAX, ClientSettings, DEFAULT_WEIGHT};
+pub use spec::{Background, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
 pub use stats::{ClientStats, PoolStats, Refusal, Stats, StoreStats};
 pub use store::{AgeBytes, Store};
 

@@ -9,34 +9,15 @@
 //! more. After each piece of work it sleeps as long as its share demands. With
 //! nothing to do it wakes once a second, for microseconds.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::compact::Step;
 use crate::core::Core;
 use crate::recompress::Repacker;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-/// What the background thread may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Background {
-    /// The share of one processor's time that compaction and recompression may take, in percent, 1
-    /// to 100.
-    pub cpu_percent: u32,
-    /// Pages that were neither put nor got for so long are packed once more; `None`: never.
-    pub cold_after: Option<Duration>,
-}
-
-impl Default for Background {
-    /// A quarter of a processor; cold after ten minutes.
-    fn default() -> Self {
-        Self {
-            cpu_percent: 25,
-            cold_after: Some(Duration::from_secs(600)),
-        }
-    }
-}
+use crate::spec::Background;
+use crate::sync::atomic::Ordering;
 
 /// How long the thread sleeps when there is nothing to do.
 const REST: Duration = Duration::from_secs(1);
@@ -50,63 +31,6 @@ const RECORDS: usize = 32;
 const READY_SPANS: usize = 3;
 /// Of all that is held, this share (as 1 / n) may be dead before compaction begins.
 const DEAD_SHARE: u64 = 24;
-
-/// Wakes the background thread, if there is one.
-#[derive(Default)]
-pub(crate) struct Waker {
-    has_thread: AtomicBool,
-    is_wanted: AtomicBool,
-    /// Spans that were opened since the thread last looked.
-    opened: AtomicU64,
-    bell: Mutex<Bell>,
-    rung: Condvar,
-}
-
-#[derive(Default)]
-struct Bell {
-    is_rung: bool,
-    is_over: bool,
-}
-
-impl Waker {
-    /// A span was opened: there may be something to do. Cheap, and safe with any lock held but the
-    /// bell's.
-    pub(crate) fn wake(&self) {
-        self.opened.fetch_add(1, Ordering::Relaxed);
-        if self.is_wanted.load(Ordering::Relaxed) {
-            self.ring(false);
-        }
-    }
-
-    /// Has the thread look at once; false when there is none.
-    pub(crate) fn call(&self) -> bool {
-        let has_thread = self.has_thread.load(Ordering::Relaxed);
-        if has_thread && self.is_wanted.load(Ordering::Relaxed) {
-            self.ring(false);
-        }
-        has_thread
-    }
-
-    fn ring(&self, is_over: bool) {
-        let mut bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
-        bell.is_rung = true;
-        bell.is_over |= is_over;
-        self.rung.notify_one();
-    }
-
-    /// Waits for the bell, `rest` at the most. True when it is all over.
-    fn sleep(&self, rest: Duration) -> bool {
-        self.is_wanted.store(true, Ordering::Relaxed);
-        let bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut bell, _) = self
-            .rung
-            .wait_timeout_while(bell, rest, |bell| !bell.is_rung)
-            .unwrap_or_else(PoisonError::into_inner);
-        bell.is_rung = false;
-        self.is_wanted.store(false, Ordering::Relaxed);
-        bell.is_over
-    }
-}
 
 /// The thread; dropping it ends it.
 pub(crate) struct Keeper {
@@ -147,10 +71,18 @@ fn run(core: &Core, background: Background) {
     while !core.waker.sleep(round.work(core)) {}
 }
 
+/// How long to rest after so much work, so that it is `cpu_percent` of the time.
+fn rest_after(worked: Duration, cpu_percent: u32) -> Duration {
+    let share = cpu_percent.clamp(1, 100);
+    worked * (100 - share) / share
+}
+
 /// What the thread remembers from one round to the next.
 struct Round {
     background: Background,
     repacker: Repacker,
+    /// Before that, its share of the processor is used up.
+    rested_at: Instant,
     seen: Instant,
     operations: u64,
     is_idle: bool,
@@ -161,6 +93,7 @@ impl Round {
         Self {
             background,
             repacker: Repacker::new(),
+            rested_at: Instant::now(),
             seen: Instant::now(),
             operations: 0,
             is_idle: false,
@@ -173,12 +106,17 @@ impl Round {
         self.make_ready(core, opened);
         self.watch(core);
         let began = Instant::now();
-        if !self.tidy(core) {
-            return REST;
+        // It may have been woken for the spans above.
+        let debt = self.rested_at.saturating_duration_since(began);
+        if !debt.is_zero() {
+            return debt;
         }
-        // What was worked, the share allows; the rest is slept.
-        let share = self.background.cpu_percent.clamp(1, 100);
-        began.elapsed() * (100 - share) / share
+        let is_more = self.tidy(core);
+        // What was worked (to look whether there is work is some, too), the share allows; the rest
+        // is slept.
+        let rest = rest_after(began.elapsed(), self.background.cpu_percent);
+        self.rested_at = Instant::now() + rest;
+        if is_more { rest } else { rest.max(REST) }
     }
 
     /// Has spans ready while puts come in, and gives back what is too many.
@@ -238,5 +176,60 @@ impl Core {
             filled += u64::from(info.filled);
         }
         dead > 2 * u64::from(layout.span_granules()) && dead > filled / DEAD_SHARE
+    }
+}
+
+#[cfg(all(test, not(loom), not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::{
+        ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store, StoreConfig,
+    };
+
+    /// Spans that are opened wake the thread all the time: that must not make its share larger.
+    #[test]
+    fn who_is_woken_early_works_no_more_than_its_share() {
+        let store = Store::new(StoreConfig {
+            capacity_bytes: 16 << 20,
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let client = store.add_client("a", None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let (pool, mut scratch) = (client.pool(PoolId(0)).unwrap(), Scratch::new());
+        let (mut page, mut state) = ([0; PAGE_SIZE], 0_u64);
+        for index in 0..5000_u32 {
+            for word in page[..2048].as_chunks_mut::<8>().0 {
+                state = crate::arena::mix(state.wrapping_add(1));
+                *word = state.to_le_bytes();
+            }
+            let put = pool.put(ObjectId([0; 3]), index, &page, &mut scratch);
+            assert_eq!(put, PutResult::Stored);
+        }
+        for index in (0..5000).step_by(2) {
+            pool.flush_page(ObjectId([0; 3]), index, 1);
+        }
+        let core = &store.core;
+        assert!(core.is_worth_compacting());
+        let mut round = Round::new(Background {
+            cpu_percent: 1,
+            cold_after: None,
+        });
+        let began = Instant::now();
+        let rest = round.work(core);
+        assert!(rest > Duration::ZERO && rest <= began.elapsed() * 99);
+        assert!(round.rested_at >= began + rest);
+        // As often as it is woken before that time is over, it does nothing.
+        round.rested_at = Instant::now() + Duration::from_secs(3600);
+        let held = core.arena.spans().in_use().count();
+        for _ in 0..10 {
+            assert!(round.work(core) > Duration::from_secs(60));
+            assert_eq!(core.arena.spans().in_use().count(), held);
+        }
     }
 }

@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use crate::account::Account;
 use crate::arena::{Header, Kind, Pin, Place};
-use crate::client::PoolSpec;
 use crate::codec::{Scratch, filled_payload, filled_with, filled_word};
 use crate::core::Core;
 use crate::evict::Whose;
 use crate::index::Key;
-use crate::space::{Incoming, Keeping, Obstacle, Space};
+use crate::share::Putting;
+use crate::space::{Incoming, Obstacle, Space};
+use crate::spec::{Keeping, PoolSpec};
 use crate::stats::{Event, PoolStats, Refusal};
+use crate::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::{ObjectId, PAGE_SIZE, Page};
 
 /// What became of a put.
@@ -38,8 +40,9 @@ pub enum GetResult {
     Corrupt,
 }
 
-/// How often a put makes room and tries again before it is refused.
-const PUT_TRIES: u32 = 8;
+/// How often a put makes room and tries again before it is refused. Many others may take what it
+/// made.
+const PUT_TRIES: u32 = 32;
 /// How often an exclusive get starts again when the page changed while it was unpacked.
 const GET_TRIES: u32 = 16;
 
@@ -53,6 +56,7 @@ pub struct Pool {
     spec: PoolSpec,
     space: Arc<Space>,
     account: Arc<Account>,
+    is_left: AtomicBool,
 }
 
 impl std::fmt::Debug for Pool {
@@ -92,7 +96,15 @@ impl Pool {
             spec,
             space,
             account,
+            is_left: AtomicBool::new(false),
         }
+    }
+
+    /// The client has destroyed the pool, which others may have open still: from now on the handle
+    /// does nothing any more.
+    pub(crate) fn leave(&self) {
+        self.is_left.store(true, Relaxed);
+        self.space.wait_for_puts();
     }
 
     pub(crate) fn space(&self) -> &Arc<Space> {
@@ -141,7 +153,9 @@ impl Pool {
         match self.try_put(&key, page, scratch) {
             Ok(()) => PutResult::Stored,
             Err(why) => {
-                self.space.remove(&self.core, &key, |_| true);
+                if !self.is_left.load(Relaxed) {
+                    self.space.remove(&self.core, &key, |_| true);
+                }
                 self.count(why.into());
                 PutResult::Refused(why)
             }
@@ -149,6 +163,9 @@ impl Pool {
     }
 
     fn try_put(&self, key: &Key, page: &Page, scratch: &mut Scratch) -> Result<(), Refusal> {
+        if self.is_left.load(Relaxed) {
+            return Err(Refusal::NoSpace);
+        }
         if self.account.is_frozen() {
             return Err(Refusal::Frozen);
         }
@@ -161,6 +178,7 @@ impl Pool {
             is_zstd: false,
             owner,
             worker,
+            is_left: &self.is_left,
         };
         if let Some(word) = filled_with(page) {
             let bytes = word.to_le_bytes();
@@ -174,15 +192,24 @@ impl Pool {
             .space
             .domain
             .as_ref()
-            .filter(|_| core.shares_equal_pages);
+            .filter(|_| core.shares_equal_pages && !self.space.is_evictable());
         if let Some(domain) = domain {
             core.twins.prefetch(domain.number(), content);
         }
         self.space.prefetch(core, key, worker);
-        if let Some(domain) = domain
-            && core.put_as_twin(&self.space, domain, key, page, content, scratch)
-        {
-            return Ok(());
+        if let Some(domain) = domain {
+            let putting = Putting {
+                space: &self.space,
+                domain,
+                key,
+                content,
+                worker,
+                refuses_incompressible: self.spec.refuse_incompressible,
+                is_left: &self.is_left,
+            };
+            if core.put_as_twin(&putting, page, scratch) {
+                return Ok(());
+            }
         }
         let payload = scratch.pack(page);
         if self.spec.refuse_incompressible && payload.len() == PAGE_SIZE {
@@ -234,7 +261,7 @@ impl Pool {
         let bytes = (self.space.bill_bytes(core, len) + 512) << (tries - 1).min(8);
         match obstacle {
             Obstacle::PoolGone => false,
-            Obstacle::Quota => core.evict(Whose::Client(&self.account, bytes)) > 0,
+            Obstacle::Quota => core.evict(Whose::Put(&self.account, bytes)) > 0,
             Obstacle::Room => core.make_span(),
             // The index needs bytes from the host, so spans must go back to it.
             Obstacle::Index => core.arena.trim(0) > 0 || core.make_span(),
@@ -267,6 +294,9 @@ impl Pool {
     }
 
     fn try_get(&self, key: &Key, page: &mut Page, scratch: &mut Scratch) -> GetResult {
+        if self.is_left.load(Relaxed) {
+            return GetResult::Missing;
+        }
         let is_exclusive = self.space.keeping == Keeping::Exclusive;
         for _ in 0..GET_TRIES {
             let held = match self.look_up(key) {
@@ -274,20 +304,31 @@ impl Pool {
                 Lookup::Damaged => return GetResult::Corrupt,
                 Lookup::Held(held) => held,
             };
-            if !self.unpack(key, &held, page, scratch) {
+            if !is_exclusive {
+                return if self.unpack(key, &held, page, scratch) {
+                    GetResult::Found
+                } else {
+                    GetResult::Corrupt
+                };
+            }
+            // Into the worker's own memory first: who comes too late leaves the caller's alone.
+            let mut own = scratch.take_other();
+            let is_whole = self.unpack(key, &held, &mut own, scratch);
+            // Pinned as it is, the place cannot have become another page's meanwhile.
+            let is_mine = is_whole && self.space.remove(&self.core, key, |now| now == held.place);
+            if is_mine {
+                page.copy_from_slice(&own[..]);
+            }
+            scratch.return_other(own);
+            if !is_whole {
                 return GetResult::Corrupt;
             }
-            if !is_exclusive {
-                return GetResult::Found;
-            }
-            // Pinned as it is, the place cannot have become another page's meanwhile.
-            if self.space.remove(&self.core, key, |now| now == held.place) {
+            if is_mine {
                 if let Some(ghosts) = self.core.ghosts() {
                     ghosts.remember(self.space.ghost_hash(key));
                 }
                 return GetResult::Found;
             }
-            page.fill(0);
         }
         // Others change this page all the time. It may be evicted at any moment, so also now: then
         // it is missing, and stays so.
@@ -369,6 +410,9 @@ impl Pool {
         let Some(more) = count.checked_sub(1) else {
             return 0;
         };
+        if self.is_left.load(Relaxed) {
+            return 0;
+        }
         let last = u32::try_from(u64::from(first).saturating_add(more)).unwrap_or(u32::MAX);
         let removed = self.space.remove_range(&self.core, object, first, last);
         self.count_times(Event::Flush, removed);

@@ -34,6 +34,35 @@ impl Visit {
     }
 }
 
+/// How far puts of a client have looked for its pages in shared pools.
+#[derive(Debug, Default)]
+pub(crate) struct SharedCursor {
+    /// The pool's account, and which of its spans.
+    pub(crate) account: u16,
+    pub(crate) at: usize,
+    /// Where in the span, if it is still that one.
+    within: Option<(Visit, u32)>,
+}
+
+impl SharedCursor {
+    /// The granule to go on from in a span.
+    pub(crate) fn granule_in(&self, visit: Visit) -> u32 {
+        match self.within {
+            Some((known, granule)) if known == visit => granule,
+            _ => 0,
+        }
+    }
+
+    pub(crate) fn stay(&mut self, visit: Visit, granule: u32) {
+        self.within = Some((visit, granule));
+    }
+
+    pub(crate) fn next_span(&mut self) {
+        self.at += 1;
+        self.within = None;
+    }
+}
+
 /// Of the fresh spans, at least this share of all (as 1 / n) is kept before they are evicted from.
 const FRESH_SHARE: usize = 10;
 
@@ -166,6 +195,12 @@ impl Queue {
         if let Some(at) = spans.iter().position(|other| *other == visit) {
             spans.remove(at);
         }
+    }
+
+    /// One of [`Self::all`].
+    pub(crate) fn visit_at(&self, at: usize) -> Option<Visit> {
+        let order = self.order.lock();
+        order.fresh.iter().chain(&order.proven).nth(at).copied()
     }
 
     /// All spans, the oldest first, fresh ones before proven ones.

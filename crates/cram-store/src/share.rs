@@ -5,15 +5,18 @@
 
 use std::sync::Arc;
 
-use crate::Page;
+use crate::alias::{ALIAS_BYTES, alias_payload};
 use crate::arena::{Header, Kind, Pin, Place, Record, Role, Urgency};
 use crate::codec::Scratch;
 use crate::core::{Core, Target};
 use crate::domain::Domain;
 use crate::index::Key;
 use crate::queue::{Class, Visit};
+use crate::replace::{How, PageSlot};
 use crate::space::{Incoming, Space};
 use crate::sums::Content;
+use crate::sync::atomic::AtomicBool;
+use crate::{PAGE_SIZE, Page};
 
 /// What came of looking for a twin.
 enum Twin {
@@ -31,12 +34,16 @@ enum Owner {
 
 /// Who puts a page, and which.
 #[derive(Clone, Copy)]
-struct Putting<'a> {
-    space: &'a Space,
-    domain: &'a Domain,
-    key: &'a Key,
-    content: Content,
-    worker: usize,
+pub(crate) struct Putting<'a> {
+    pub(crate) space: &'a Space,
+    pub(crate) domain: &'a Domain,
+    pub(crate) key: &'a Key,
+    pub(crate) content: Content,
+    pub(crate) worker: usize,
+    /// The pool refuses pages that do not compress, whoever has kept an equal one.
+    pub(crate) refuses_incompressible: bool,
+    /// As in [`Incoming`].
+    pub(crate) is_left: &'a AtomicBool,
 }
 
 impl Core {
@@ -44,30 +51,23 @@ impl Core {
     /// or something stood in the way: then the page is to be stored as any other.
     pub(crate) fn put_as_twin(
         &self,
-        space: &Space,
-        domain: &Domain,
-        key: &Key,
+        putting: &Putting<'_>,
         page: &Page,
-        content: Content,
         scratch: &mut Scratch,
     ) -> bool {
-        let putting = Putting {
-            space,
-            domain,
-            key,
-            content,
-            worker: scratch.head(),
-        };
+        let &Putting {
+            domain, content, ..
+        } = putting;
         let twin = self
             .twins
             .find(&self.arena, domain.number(), content, |place, pin| {
-                self.try_twin(&putting, place, pin, page, scratch)
+                self.try_twin(putting, place, pin, page, scratch)
             });
         match twin {
             None => false,
             Some(Twin::Same) => true,
             Some(Twin::Image(number)) => {
-                let is_stored = self.enter_alias(&putting, number);
+                let is_stored = self.enter_alias(putting, number);
                 if !is_stored {
                     self.drop_image_ref(domain, number);
                 }
@@ -86,7 +86,9 @@ impl Core {
         scratch: &mut Scratch,
     ) -> Option<Twin> {
         let header = self.arena.header_at(place, pin)?;
-        if self.sums.promised(&header) != putting.content {
+        if self.sums.promised(&header) != putting.content
+            || putting.refuses_incompressible && header.len == PAGE_SIZE
+        {
             return None;
         }
         // Only of what is a record for certain are the bytes read.
@@ -114,13 +116,8 @@ impl Core {
                 (images.place(header.index) == Ok(place)).then_some(Owner::Image)
             }
             Kind::Page => {
-                let object = self.objects.get(header.number)?;
-                let space = self.space(object.space)?;
-                let key = Key {
-                    object: object.id,
-                    index: header.index,
-                };
-                if space.domain.as_deref()?.number() != number {
+                let (space, key) = self.page_of(header)?;
+                if space.sharing_domain()?.number() != number {
                     return None;
                 }
                 let (shard, hash) = space.find(key.object, key.region());
@@ -144,13 +141,11 @@ impl Core {
         let domain = putting.domain;
         let (shard, hash) = space.find(key.object, key.region());
         let mut index = shard.lock();
-        if index.get(hash, key) != Some(place) {
-            return None;
-        }
+        let header = &self.arena.header(place).ok()?;
+        let mut slot = PageSlot::new(space, &mut index, hash, key, (place, *header))?;
         if space.number == putting.space.number && key == putting.key {
             return Some(Twin::Same);
         }
-        let header = &self.arena.header(place).ok()?;
         let payload = pin.payload(place, header);
         let number = self.make_image(putting, header, payload)?;
         let alias = Header {
@@ -160,21 +155,14 @@ impl Core {
             generation: header.generation.wrapping_add(1) & 3,
             ..*header
         };
-        let made = self.append_alias(space, alias, number, place, putting.worker);
-        let Some(to) = made else {
+        let made = self.replace_with_alias(&mut slot, space, alias, number, putting.worker);
+        if made.is_none() {
             drop(index);
             // Both references: neither page needs it.
             self.drop_image_ref(domain, number);
             self.drop_image_ref(domain, number);
             return None;
-        };
-        index.relocate(hash, key, place, to);
-        self.arena.kill_known(place, header);
-        space.count_out(self, header);
-        space.with_owner(self, alias.number, |owner| {
-            owner.reserve_anyway(space.bill_bytes(self, alias.len));
-        });
-        space.page_in(self, &alias);
+        }
         Some(Twin::Image(number))
     }
 
@@ -231,21 +219,21 @@ impl Core {
         Some(number)
     }
 
-    /// Appends the alias that takes the place of the record at `from`.
-    fn append_alias(
+    /// Puts an alias in the place of a page's record. The shard is locked.
+    fn replace_with_alias(
         &self,
+        slot: &mut PageSlot<'_>,
         space: &Space,
         header: Header,
         image: u32,
-        from: Place,
         worker: usize,
     ) -> Option<Place> {
         let record = Record {
             header,
             payload: &alias_payload(image),
         };
-        let target = self.target_beside(space, from, worker)?;
-        self.append(target, record, None, Urgency::Normal).ok()
+        let target = self.target_beside(space, slot.place(), worker)?;
+        self.replace_record(slot, record, How::put(target)).ok()
     }
 
     /// Where what takes the place of a record goes.
@@ -278,6 +266,7 @@ impl Core {
             is_zstd: false,
             owner: putting.space.payer.number,
             worker: putting.worker,
+            is_left: putting.is_left,
         };
         let space = putting.space;
         let bill = space.bill_bytes(self, incoming.payload.len());
@@ -289,42 +278,5 @@ impl Core {
             space.payer.release(bill);
         }
         entered.is_ok()
-    }
-}
-
-/// Bytes of an alias's payload: three times the image's number, since no checksum of the page that
-/// it stands for guards it, and a wrong number would be another page's loss.
-pub(crate) const ALIAS_BYTES: usize = 12;
-
-fn alias_payload(image: u32) -> [u8; ALIAS_BYTES] {
-    let mut payload = [0; ALIAS_BYTES];
-    for copy in payload.as_chunks_mut::<4>().0 {
-        *copy = image.to_le_bytes();
-    }
-    payload
-}
-
-/// The number of the image that an alias's payload names: of each bit what two of three copies say.
-pub(crate) fn image_in(payload: &[u8]) -> Option<u32> {
-    let ([a, b, c], []) = payload.as_chunks::<4>() else {
-        return None;
-    };
-    let [a, b, c] = [a, b, c].map(|copy| u32::from_le_bytes(*copy));
-    Some(a & b | b & c | a & c)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_alias_survives_any_flipped_bit() {
-        let payload = alias_payload(0x1234_5678);
-        for bit in 0..ALIAS_BYTES * 8 {
-            let mut flipped = payload;
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(image_in(&flipped), Some(0x1234_5678));
-        }
-        assert_eq!(image_in(&payload[..8]), None);
     }
 }

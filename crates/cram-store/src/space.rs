@@ -11,38 +11,22 @@
 use std::sync::Arc;
 
 use crate::ObjectId;
-use crate::account::Account;
-use crate::arena::{Header, Kind, Place, Record, Urgency, mix};
+use crate::account::{Account, Purse};
+use crate::arena::{Damaged, Header, Kind, Place, Record, mix};
 use crate::budget::Shortage;
+use crate::catalogue::OBJECT_BYTES;
 use crate::core::{Core, Target};
 use crate::domain::Domain;
 use crate::index::{HashKeys, Index, Key, Numbers, Prepared, leaf_hash};
 use crate::leaf::PAGES_PER_LEAF;
-use crate::objects::Object;
+use crate::objects::{Object, Objects};
 use crate::queue::Class;
+use crate::replace::{How, Old, Slot};
+use crate::spec::Keeping;
 use crate::stats::{Amounts, PoolStats, Tally};
-use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::sync::{Mutex, MutexGuard};
 
-/// What becomes of the pages of a space.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Keeping {
-    /// Kept until flushed.
-    Persistent = 1,
-    /// May be evicted; a get takes the page out.
-    Exclusive = 2,
-    /// May be evicted; a get leaves the page and makes it young again.
-    Shared = 3,
-}
-
-/// What a page is billed beside its record, in bytes: its slot, and its share of what finds it.
-const PAGE_BYTES: u64 = 8;
-/// What a leaf is billed, in bytes: its entry in three tables.
-const LEAF_BYTES: u64 = 160;
-/// What an object is billed for each shard that it has pages in, in bytes: its records, and its
-/// entry in two tables.
-const OBJECT_BYTES: u64 = 256;
 /// What a client is billed for a page in a shared pool beyond that, in bytes: there nobody can say
 /// whose page made a table grow.
 const SHARED_PAGE_BYTES: u64 = 64;
@@ -95,7 +79,7 @@ impl Numbers for Numbering<'_> {
         };
         let core = self.core;
         core.objects.assign(object, &core.budget, |number| {
-            core.write_object(number, &object, self.space.is_evictable())
+            self.space.write_object(core, number, &object)
         })
     }
 
@@ -103,6 +87,7 @@ impl Numbers for Numbering<'_> {
         let core = self.core;
         core.objects.withdraw(number, &core.budget, |place| {
             core.kill_copies([Some(place), None]);
+            self.space.payer.release(self.space.object_copy_bytes(core));
         });
     }
 }
@@ -118,14 +103,49 @@ pub(crate) struct Incoming<'a> {
     pub(crate) owner: u16,
     /// Number of the worker that puts it.
     pub(crate) worker: usize,
+    /// Set when the client has left the pool: nothing comes in any more through its handle.
+    pub(crate) is_left: &'a AtomicBool,
 }
 
-/// A page that was appended to the arena.
-struct Appended {
-    place: Place,
-    header: Header,
-    /// The header of the record that it replaces, if there is one and it is whole.
-    old: Option<Header>,
+/// What leads to a page that is put.
+struct PutSlot<'a> {
+    space: &'a Space,
+    index: &'a mut Index,
+    prepared: Prepared,
+    old: Old,
+    /// The image that the older page has its bytes from.
+    image: Option<u32>,
+}
+
+impl Slot for PutSlot<'_> {
+    fn old(&self) -> Old {
+        self.old
+    }
+
+    fn lead_to(&mut self, to: Place) {
+        self.index.enter(self.prepared, to);
+    }
+
+    fn recount(&mut self, core: &Core, new: &Header, to: Place) {
+        let space = self.space;
+        core.note_twin(space.sharing_domain(), new, to);
+        match &self.old {
+            Old::Nothing => space.page_in(core, new),
+            Old::Damaged(_) => {
+                space.page_in(core, new);
+                space.lost();
+            }
+            Old::Whole(_, old) if space.is_evictable() => {
+                space.page_in(core, new);
+                space.count_out(core, old);
+            }
+            Old::Whole(_, old) => space.page_exchanged(core, old, new),
+        }
+        space.drop_image(core, self.image);
+        if !matches!(self.old, Old::Nothing) {
+            core.note_freed();
+        }
+    }
 }
 
 /// Why a page could not be entered.
@@ -137,6 +157,16 @@ pub(crate) enum Obstacle {
     /// No room for the index.
     Index,
     PoolGone,
+}
+
+impl Obstacle {
+    /// A table could not grow.
+    fn of_index(why: Shortage) -> Self {
+        match why {
+            Shortage::Store => Self::Index,
+            Shortage::Quota => Self::Quota,
+        }
+    }
 }
 
 impl Space {
@@ -186,6 +216,11 @@ impl Space {
         self.keeping == Keeping::Shared
     }
 
+    /// Inside which its pages may be stored once with others. Ephemeral ones are not.
+    pub(crate) fn sharing_domain(&self) -> Option<&Domain> {
+        self.domain.as_deref().filter(|_| !self.is_evictable())
+    }
+
     pub(crate) fn shards(&self) -> &[Shard] {
         &self.shards
     }
@@ -226,12 +261,40 @@ impl Space {
         } else {
             0
         };
-        core.record_bytes(payload) + PAGE_BYTES + shared
+        core.record_bytes(payload) + shared
     }
 
-    /// What its index is billed to the payer, for so many leaves and objects.
-    pub(crate) fn index_bill_bytes((leaves, objects): (usize, usize)) -> u64 {
-        leaves as u64 * LEAF_BYTES + objects as u64 * OBJECT_BYTES
+    /// Who pays for its tables.
+    pub(crate) fn purse<'a>(&'a self, core: &'a Core) -> Purse<'a> {
+        Purse {
+            budget: &core.budget,
+            payer: &self.payer,
+        }
+    }
+
+    /// What the payer is billed for one record of an object: the record, and with all of them its
+    /// entry in the table of objects.
+    pub(crate) fn object_copy_bytes(&self, core: &Core) -> u64 {
+        core.record_bytes(OBJECT_BYTES) + Objects::ENTRY_BYTES / self.object_copies() as u64
+    }
+
+    /// How many records an object has.
+    pub(crate) fn object_copies(&self) -> usize {
+        if self.is_evictable() { 1 } else { 2 }
+    }
+
+    /// Writes the records of an object, and bills them.
+    fn write_object(
+        &self,
+        core: &Core,
+        number: u32,
+        object: &Object,
+    ) -> Result<[Option<Place>; 2], Shortage> {
+        let copies = self.object_copies();
+        let bytes = self.object_copy_bytes(core) * copies as u64;
+        self.payer.reserve(bytes)?;
+        core.write_object(number, object, copies)
+            .inspect_err(|_| self.payer.release(bytes))
     }
 
     /// Calls `act` with the account that is billed for pages of this object number.
@@ -285,91 +348,79 @@ impl Space {
         let numbering = self.numbering(core, incoming.owner);
         let (shard, hash) = self.find(key.object, key.region());
         let mut index = shard.lock();
-        if index.is_dead {
+        if index.is_dead || incoming.is_left.load(Relaxed) {
             return Err(Obstacle::PoolGone);
         }
-        let before = Self::index_bill_bytes(index.extent());
-        let prepared = index.prepare(hash, key, &numbering, &core.budget);
+        let purse = self.purse(core);
+        let prepared = index.prepare(hash, key, &numbering, &purse);
         // On a shortage, too: some table may have grown before another could not.
         shard.publish(&index);
-        let prepared = prepared.map_err(|_| Obstacle::Index)?;
-        let grown = Self::index_bill_bytes(index.extent()) - before;
-        let appended = self.pay(grown).and_then(|()| {
-            self.append(core, target, key, incoming, prepared)
-                .inspect_err(|_| self.payer.release(grown))
-        });
-        match appended {
-            Ok(appended) => {
-                index.enter(prepared, appended.place);
-                core.note_twin(self.domain.as_deref(), &appended.header, appended.place);
-                match (prepared.old, &appended.old) {
-                    (Some(old), Some(old_header)) => {
-                        self.page_replaced(core, old, old_header, &appended.header);
-                    }
-                    (old, _) => {
-                        self.page_in(core, &appended.header);
-                        if let Some(old) = old {
-                            self.lose(core, old);
-                        }
-                    }
-                }
-                Ok(())
-            }
-            Err(obstacle) => {
-                index.cancel(prepared, &numbering, &core.budget);
+        let prepared = prepared.map_err(Obstacle::of_index)?;
+        self.replace(core, target, key, incoming, &mut index, prepared)
+            .inspect_err(|_| {
+                index.cancel(prepared, &numbering, &purse);
                 shard.publish(&index);
-                Err(obstacle)
-            }
-        }
+            })
     }
 
-    fn pay(&self, bytes: u64) -> Result<(), Obstacle> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.payer.reserve(bytes).map_err(|_| Obstacle::Quota)
-    }
-
-    /// Appends the record of a page for which room was made in the index.
-    fn append(
+    /// Puts the record of a page, for which room was made in the index, in the place of the older one.
+    fn replace(
         &self,
         core: &Core,
         target: Target<'_>,
         key: &Key,
         incoming: &Incoming<'_>,
+        index: &mut Index,
         prepared: Prepared,
-    ) -> Result<Appended, Obstacle> {
+    ) -> Result<(), Obstacle> {
         let number = if self.is_shared() {
-            let write = |number, object| core.write_object(number, &object, true);
+            let write = |number, object| self.write_object(core, number, &object);
             let owner = incoming.owner;
             core.objects
                 .of_owner(prepared.number, owner, &core.budget, write)
-                .map_err(|_| Obstacle::Index)?
+                .map_err(Obstacle::of_index)?
         } else {
             prepared.number
         };
-        // Of a page that is damaged nothing is known; it is about to be killed anyway.
-        let old = prepared.old.and_then(|old| core.arena.header(old).ok());
-        let header = Header {
-            kind: incoming.kind,
-            number,
-            index: key.index,
-            len: incoming.payload.len(),
-            is_zstd: incoming.is_zstd,
-            check: core.sums.check(incoming.content, number, key.index),
-            generation: old.map_or(0, |old| old.generation.wrapping_add(1) & 3),
-            is_used: false,
+        let old = match prepared.old {
+            None => Old::Nothing,
+            Some(place) => match core.arena.header(place) {
+                Ok(header) => Old::Whole(place, header),
+                Err(Damaged) => Old::Damaged(place),
+            },
+        };
+        let generation = match old {
+            Old::Whole(_, old) => old.generation.wrapping_add(1) & 3,
+            // Of a page that is damaged nothing is known; it is about to be killed anyway.
+            Old::Nothing | Old::Damaged(_) => 0,
+        };
+        let image = match old {
+            Old::Whole(place, header) => self.image_needed(core, place, &header),
+            Old::Nothing | Old::Damaged(_) => None,
         };
         let record = Record {
-            header,
+            header: Header {
+                kind: incoming.kind,
+                number,
+                index: key.index,
+                len: incoming.payload.len(),
+                is_zstd: incoming.is_zstd,
+                check: core.sums.check(incoming.content, number, key.index),
+                generation,
+                is_used: false,
+            },
             payload: incoming.payload,
         };
-        let place = core.append(target, record, None, Urgency::Normal);
-        Ok(Appended {
-            place: place.map_err(|_| Obstacle::Room)?,
-            header,
+        let mut slot = PutSlot {
+            space: self,
+            index,
+            prepared,
             old,
-        })
+            image,
+        };
+        core.replace_record(&mut slot, record, How::put(target))
+            .map_err(|_| Obstacle::Room)?;
+        Ok(())
     }
 
     /// Counts a page that has come. With the shard's lock held.
@@ -406,30 +457,20 @@ impl Space {
         });
     }
 
-    /// Kills the record of a page that another has replaced in the index, and counts both. With the
-    /// shard's lock held.
-    fn page_replaced(&self, core: &Core, old: Place, old_header: &Header, new: &Header) {
-        if self.is_evictable() {
-            self.page_in(core, new);
-            self.page_out(core, old);
-            return;
-        }
-        let image = self.image_needed(core, old, old_header);
-        core.arena.kill_known(old, old_header);
-        let (gone, come) = (self.amounts(core, old_header), self.amounts(core, new));
-        self.tally.exchange(&gone, &come);
-        core.sizes.exchange(old_header.len, new.len);
-        self.payer.release(gone.billed_bytes);
-        self.drop_image(core, image);
-        core.note_freed();
-    }
-
     /// The image that a page's record needs, if it is an alias.
     fn image_needed(&self, core: &Core, place: Place, header: &Header) -> Option<u32> {
         match header.kind {
             Kind::Alias => core.image_number(place, header),
             _ => None,
         }
+    }
+
+    /// Counts a page that took another's place. Both are on the bill.
+    fn page_exchanged(&self, core: &Core, old: &Header, new: &Header) {
+        let (gone, come) = (self.amounts(core, old), self.amounts(core, new));
+        self.tally.exchange(&gone, &come);
+        core.sizes.exchange(old.len, new.len);
+        self.payer.release(gone.billed_bytes);
     }
 
     fn drop_image(&self, core: &Core, image: Option<u32>) {
@@ -442,7 +483,8 @@ impl Space {
     /// held.
     pub(crate) fn page_out(&self, core: &Core, place: Place) {
         let Ok(header) = core.arena.header(place) else {
-            self.lose(core, place);
+            let _ = core.arena.kill(place);
+            self.lost();
             return;
         };
         let image = self.image_needed(core, place, &header);
@@ -467,8 +509,7 @@ impl Space {
 
     /// A page whose header is damaged beyond repair has left the index. How long it was is not to be
     /// known: it stays on the bill, and its span is lost to the store until it is opened anew.
-    fn lose(&self, core: &Core, place: Place) {
-        let _ = core.arena.kill(place);
+    fn lost(&self) {
         self.tally.sub(&Amounts {
             pages: 1,
             ..Amounts::default()
@@ -481,14 +522,14 @@ impl Space {
         let mut index = shard.lock();
         let was_there = self.taking_out(core, shard, &mut index, |index, numbering| {
             let gone = |place| self.page_out(core, place);
-            index.remove(hash, key, numbering, &core.budget, is_it, gone)
+            index.remove(hash, key, numbering, &self.purse(core), is_it, gone)
         });
         drop(index);
         core.relieve();
         was_there
     }
 
-    /// Does what takes pages out of a shard, and what has to be done about the bill then.
+    /// Does what takes pages out of a shard, and tells those in a hurry.
     fn taking_out<T>(
         &self,
         core: &Core,
@@ -496,12 +537,7 @@ impl Space {
         index: &mut Index,
         act: impl FnOnce(&mut Index, &Numbering<'_>) -> T,
     ) -> T {
-        let before = Self::index_bill_bytes(index.extent());
         let result = act(index, &self.numbering(core, self.payer.number));
-        let freed = before - Self::index_bill_bytes(index.extent());
-        if freed > 0 {
-            self.payer.release(freed);
-        }
         shard.publish(index);
         result
     }
@@ -553,11 +589,25 @@ impl Space {
                 self.page_out(core, place);
                 removed += 1;
             };
-            index.remove_masked(hash, (object, region, mask), numbering, &core.budget, gone);
+            index.remove_masked(
+                hash,
+                (object, region, mask),
+                numbering,
+                &self.purse(core),
+                gone,
+            );
         });
         drop(index);
         core.relieve();
         removed
+    }
+
+    /// Waits until whoever is entering a page has entered it. Who set [`Incoming::is_left`] before
+    /// knows then that nothing more comes.
+    pub(crate) fn wait_for_puts(&self) {
+        for shard in &self.shards {
+            drop(shard.lock());
+        }
     }
 
     /// Takes everything out, for good: nothing comes in any more. How many pages there were.
@@ -573,7 +623,7 @@ impl Space {
                         self.page_out(core, place);
                         removed += 1;
                     };
-                    index.remove_last(numbering, &core.budget, gone)
+                    index.remove_last(numbering, &self.purse(core), gone)
                 });
                 drop(index);
                 core.relieve();

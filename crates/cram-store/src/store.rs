@@ -7,17 +7,18 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::account::Holder;
-use crate::arena::{Arena, HEADER_BYTES, Opened, now};
+use crate::arena::{Arena, HEADER_BYTES, Opened, layout_for, now};
 use crate::budget::Budget;
-use crate::catalogue::NAME_BYTES_MAX;
 use crate::client::Client;
 use crate::config::{StoreConfig, StoreError};
-use crate::core::{Core, layout_for};
+use crate::core::Core;
 use crate::domain::Domain;
 use crate::maintain::Keeper;
 use crate::policy::ReclaimTarget;
 use crate::recompress::Repacker;
-use crate::recover::{Recovery, recover};
+use crate::recover::{Found, Recovery, recover};
+use crate::settings::Identity;
+use crate::spec::NAME_BYTES_MAX;
 use crate::stats::StoreStats;
 use crate::sync::RwLock;
 
@@ -76,18 +77,24 @@ impl Store {
         let budget = Arc::new(Budget::new(capacity_bytes));
         let opened = Arena::open(&config.backing, layout_for(capacity_bytes), budget.clone())?;
         let does_not_fit = || StoreError::DoesNotFit { capacity_bytes };
-        opened.adopt().map_err(|_| does_not_fit())?;
         let Opened {
             arena,
             generation,
-            found,
+            found: spans,
+            others,
             is_after_reboot,
+            is_lost,
         } = opened;
-
+        let found = Found {
+            spans,
+            others,
+            is_after_reboot,
+            is_lost,
+        };
         let Some(core) = Core::new(&config, arena, budget) else {
             return Err(does_not_fit());
         };
-        let recovered = recover(&core, &found, is_after_reboot, began);
+        let recovered = recover(&core, &found, began);
         let (recovery, accounts) = recovered.map_err(|_| does_not_fit())?;
         let core = Arc::new(core);
         let clients = accounts
@@ -164,10 +171,14 @@ impl Store {
         let group = group.map(|group| self.group(group).ok_or(StoreError::NoRoom));
         let group = group.transpose()?;
         let number = group.as_ref().map(|group| group.number());
-        let account = core.add_account(Holder::Client, number, name, quota_bytes);
+        let identity = Identity {
+            generation: core.draw_generation(),
+            ..Identity::default()
+        };
+        let account = core.add_account(Holder::Client, number, name, quota_bytes, identity);
         let account = account.ok_or(StoreError::NoRoom)?;
         let domain = group.unwrap_or_else(|| core.own_domain(&account));
-        let client = Client::new(core.clone(), account, domain, &self.config);
+        let client = Client::new(core.clone(), account, domain, identity, &self.config);
         let client = Arc::new(client);
         clients.insert(name.to_owned(), client.clone());
         Ok(client)
@@ -182,7 +193,8 @@ impl Store {
         if let Some(domain) = core.domains.read().values().find(is_it) {
             return Some(domain.clone());
         }
-        let account = core.add_account(Holder::SharingGroup, None, name, None)?;
+        let account =
+            core.add_account(Holder::SharingGroup, None, name, None, Identity::default())?;
         Some(core.own_domain(&account))
     }
 

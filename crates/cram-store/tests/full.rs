@@ -99,6 +99,51 @@ fn what_was_replaced_makes_room_for_what_replaces_it() {
     }
 }
 
+/// More threads than processors, each replacing pages of its own, in a store with little room.
+#[test]
+fn many_threads_replace_pages_in_a_store_that_is_nearly_full() {
+    const THREADS: u32 = 16;
+    const CAPACITY_BYTES: u64 = 48 << 20;
+    let seed = seed();
+    for background in [None, Some(Background::default())] {
+        let store = Store::new(StoreConfig {
+            background,
+            ..config_of(CAPACITY_BYTES)
+        })
+        .unwrap();
+        let pool = pool_of(&store, PoolKind::Persistent);
+        let mut random = Random(seed);
+        let (mut count, mut scratch) = (0, Scratch::new());
+        while store.stats().compr_data_size + 32 * store.stats().pages_stored
+            < CAPACITY_BYTES / 100 * 86
+        {
+            let page = page_with(random.below(430) + 1, &mut random);
+            let put = pool.put(OBJECT, count, &page, &mut scratch);
+            assert_eq!(put, PutResult::Stored);
+            count += 1;
+        }
+        let share = count / THREADS;
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let pool = &pool;
+                scope.spawn(move || {
+                    let mut random = Random(seed ^ u64::from(thread + 1));
+                    let mut scratch = Scratch::new();
+                    for _ in 0..4 * share {
+                        let index = thread * share + random.below(share.into()) as u32;
+                        let page = page_with(random.below(430) + 1, &mut random);
+                        let put = pool.put(OBJECT, index, &page, &mut scratch);
+                        assert_eq!(put, PutResult::Stored);
+                    }
+                });
+            }
+        });
+        if background.is_none() {
+            store.check().unwrap();
+        }
+    }
+}
+
 #[test]
 fn ephemeral_pages_are_never_refused() {
     let mut random = Random(seed());

@@ -2,11 +2,11 @@
 
 //! See [`crate::forge`].
 
+use super::layout::layout_for;
 use super::record::{self, HEADER_BYTES, Header, NUMBERS};
 use super::span_header::{Role, SPAN_HEADER_BYTES, SpanHeader, header_words};
 use super::superblock::Superblock;
 use super::{Layout, Place, Secret, salt_of};
-use crate::core::layout_for;
 
 /// The span that is being filled.
 pub(crate) struct ForgedSpan {
@@ -43,6 +43,7 @@ pub(crate) fn forge_superblock(capacity_bytes: u64) -> (Vec<u8>, Secret) {
         len_bytes: layout.len_bytes(),
         generation: 1,
         boot_id: super::file::boot_id(),
+        is_clean: false,
         secret: secret(),
     };
     let len = usize::try_from(layout.len_bytes()).unwrap_or(0);

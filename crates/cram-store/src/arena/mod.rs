@@ -23,6 +23,7 @@ mod file;
 #[cfg(fuzzing)]
 mod forge;
 mod head;
+mod layout;
 mod record;
 mod region;
 mod span;
@@ -34,11 +35,11 @@ mod tests;
 mod walk;
 
 pub(crate) use file::Opened;
-pub(crate) use file::fitted;
 pub use file::{ArenaError, Backing};
 #[cfg(fuzzing)]
 pub(crate) use forge::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
 pub(crate) use head::{Head, Record, now};
+pub(crate) use layout::layout_for;
 pub(crate) use record::{HEADER_BYTES, Header, Kind, NUMBERS, PAYLOAD_BYTES_MAX, is_newer};
 pub(crate) use span_header::{Role, SpanHeader};
 pub(crate) use spans::{SpanInfo, Urgency};
@@ -50,7 +51,8 @@ use std::sync::atomic::{AtomicU64 as PlainAtomicU64, Ordering};
 
 use spans::Spans;
 
-use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
+use superblock::Superblock;
 
 /// Keys everything that a guest must not be able to foresee: hashes of pages, codes of headers.
 #[derive(Clone, PartialEq, Eq)]
@@ -170,6 +172,10 @@ fn salt_of(secret: u64, place: Place, sequence: u64) -> u16 {
 
 /// See the module's text.
 pub(crate) struct Arena {
+    superblock: Superblock,
+    /// Its contents were accepted, so that it may be written to.
+    is_committed: AtomicBool,
+    is_in_file: bool,
     layout: Layout,
     secret: Secret,
     salt: u64,

@@ -10,7 +10,7 @@
 //!   8  format version                 56  secret (192 bytes)
 //!  12  span size, log2               248  XXH3-64 of the bytes before
 //!  16  granule size, log2            256
-//!  20  reserved, 0
+//!  20  1: closed in an orderly way; else 0
 //!  24  length of the arena in bytes
 //!  32  generation of the store
 //! ```
@@ -21,7 +21,7 @@ use super::Secret;
 use super::region::Region;
 
 /// The version of the format that this code writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Bytes from one copy to the next; what lies between is unused.
 const COPY_BYTES: usize = 2048;
 /// Bytes of both copies with what is unused: not less than a page of the host.
@@ -43,6 +43,8 @@ pub(crate) struct Superblock {
     pub(crate) len_bytes: u64,
     pub(crate) generation: u64,
     pub(crate) boot_id: [u8; 16],
+    /// All that was written is on the disk, if there is one, and nothing was written since.
+    pub(crate) is_clean: bool,
     pub(crate) secret: Secret,
 }
 
@@ -62,11 +64,12 @@ pub(crate) enum Unreadable {
 impl Superblock {
     fn to_bytes(&self) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
-        let parts: [(usize, &[u8]); 8] = [
+        let parts: [(usize, &[u8]); 9] = [
             (0, &MAGIC),
             (8, &FORMAT_VERSION.to_le_bytes()),
             (12, &self.span_shift.to_le_bytes()),
             (16, &self.granule_shift.to_le_bytes()),
+            (20, &u32::from(self.is_clean).to_le_bytes()),
             (24, &self.len_bytes.to_le_bytes()),
             (32, &self.generation.to_le_bytes()),
             (40, &self.boot_id),
@@ -109,6 +112,7 @@ impl Superblock {
             len_bytes: u64_at(24)?,
             generation: u64_at(32)?,
             boot_id: field(bytes, 40)?,
+            is_clean: u32_at(20)? == 1,
             secret: Secret::new(field(bytes, 56)?),
         };
         let is_sane = SPAN_SHIFTS.contains(&read.span_shift)
@@ -184,6 +188,7 @@ mod tests {
             len_bytes: 64 << 20,
             generation: 77,
             boot_id: [3; 16],
+            is_clean: true,
             secret: Secret::new([5; Secret::BYTES]),
         }
     }
@@ -218,12 +223,12 @@ mod tests {
         damaged[COPY_BYTES + 100] ^= 1;
         assert_eq!(reading(&damaged), Some(Unreadable::Damaged));
         let mut newer = superblock().to_bytes();
-        newer[8] = 2;
+        newer[8] = 3;
         let sum = XxHash3_64::oneshot(&newer[..SUM_AT]);
         newer[SUM_AT..].copy_from_slice(&sum.to_le_bytes());
         let mut bytes = vec![0; 2 * COPY_BYTES];
         bytes[..BYTES].copy_from_slice(&newer);
-        assert_eq!(reading(&bytes), Some(Unreadable::Version(2)));
+        assert_eq!(reading(&bytes), Some(Unreadable::Version(3)));
         let absurd = Superblock {
             span_shift: 31,
             ..superblock()

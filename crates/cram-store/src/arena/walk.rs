@@ -45,11 +45,16 @@ impl Arena {
     /// from being freed: by being sealed with something alive in it that only the caller takes out,
     /// or by being pinned.
     pub(crate) fn walk(&self, span: u32, end: u32) -> Walk<'_> {
+        self.walk_from(span, 0, end)
+    }
+
+    /// As [`Self::walk`], from a granule on where a walk of the same life of the span was.
+    pub(crate) fn walk_from(&self, span: u32, granule: u32, end: u32) -> Walk<'_> {
         Walk {
             arena: self,
             span,
             sequence: self.spans.sequence(span),
-            granule: self.layout.first_granule(),
+            granule: granule.max(self.layout.first_granule()),
             end: end.min(self.layout.span_granules()),
             is_lost: false,
             was_lost: false,
@@ -58,6 +63,11 @@ impl Arena {
 }
 
 impl Walk<'_> {
+    /// The granule behind what was found last.
+    pub(crate) fn granule(&self) -> u32 {
+        self.granule
+    }
+
     /// Whether there was damage on the way.
     pub(crate) fn was_lost(&self) -> bool {
         self.was_lost
