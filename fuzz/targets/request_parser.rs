@@ -16,7 +16,8 @@ use cram_store::{Client, Store};
 use guest::{POOLS, RING, Write, empty, memory, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
 use vhost_device_cram::execute::{Target, Workspace, execute};
-use vhost_device_cram::request::{Memory, Parsed, Table, Terms};
+use vhost_device_cram::request::{Parsed, Table, Terms};
+use vhost_device_cram::vhost::memory::Memory;
 
 /// Longer ones only take longer.
 const STEPS_MAX: usize = 48;

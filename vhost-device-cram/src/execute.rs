@@ -13,7 +13,8 @@ use cram_store::{
     PutResult, Refusal, Scratch, Store,
 };
 
-use crate::request::{Chain, Memory, Parsed, Request};
+use crate::request::{Chain, Parsed, Request};
+use crate::vhost::memory::Memory;
 
 // A page is the same thing on the wire and in the store.
 const _: () = assert!(STORE_PAGE_SIZE == PAGE_SIZE);
@@ -220,6 +221,10 @@ fn put(
             break;
         };
         if !chain.read_page(memory, k, page) {
+            if !memory.is_intact() {
+                // Nobody is going to be answered: the request is executed again, from memory that is there.
+                break;
+            }
             // A put is absolute: whatever was there before must not be found any more.
             pool.flush_page(object, index, 1);
             *slot = result::BAD_PAGE;

@@ -3,8 +3,7 @@
 //! The daemon as a whole: one store, a thread for each guest's socket, the control socket.
 //!
 //! Each socket is listened on by a thread of its own, which serves one front-end after the
-//! other; each connection gets a new daemon object of vhost-user-backend, since such an object
-//! can be claimed once only. What a guest stored is kept outside of them.
+//! other. What a guest stored is kept outside of its connections.
 
 use std::io;
 use std::net::Shutdown;
@@ -20,19 +19,17 @@ use std::time::{Duration, Instant};
 use cram_store::{Background, Backing, Client, Store, StoreConfig, StoreError};
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use vhost::vhost_user::{Error as VhostError, Listener};
-use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
 
 use crate::announce::Announcer;
 use crate::cli::Dedup;
 use crate::client::{Guest, Offer};
 use crate::control;
 use crate::device::{self, Device};
-use crate::relay;
-use crate::sigbus::StoreMapping;
-use crate::socket::{BoundSocket, SocketError, private_connection};
+use crate::sigbus;
+use crate::socket::{BoundSocket, SocketError};
+use crate::vhost::channel::{Channel, End};
+use crate::vhost::session::{Refusal, Session};
+use crate::worker::Workers;
 
 /// What a daemon is started with.
 #[derive(Clone, Debug)]
@@ -201,7 +198,6 @@ pub struct Ready {
     control: Option<BoundSocket>,
     stop: Arc<Stop>,
     announcer: Arc<Announcer>,
-    store_mapping: StoreMapping,
 }
 
 /// A running daemon. Dropping it ends it as [`Daemon::stop`] does.
@@ -209,8 +205,6 @@ pub struct Daemon {
     shared: Arc<Shared>,
     stop: Arc<Stop>,
     announcer: Arc<Announcer>,
-    /// Guests' memory may go away; the store's may not.
-    _store_mapping: StoreMapping,
     /// The front-ends that are connected now, to hang up on them.
     lines: Vec<Arc<Mutex<Option<UnixStream>>>>,
     threads: Vec<JoinHandle<()>>,
@@ -221,8 +215,8 @@ impl Ready {
     pub fn new(options: &Options) -> Result<Self, StartError> {
         // Asked now, since it reads files, and those may be out of reach later.
         device::processors();
+        sigbus::install()?;
         let store = options.store.open(options.offer.max_pools)?;
-        let store_mapping = StoreMapping::protect(store.mapping())?;
         let announcer = Arc::new(Announcer::default());
         let mut guests = Vec::new();
         for (name, path) in names(&options.sockets).into_iter().zip(&options.sockets) {
@@ -263,7 +257,6 @@ impl Ready {
             control,
             stop,
             announcer,
-            store_mapping,
         })
     }
 
@@ -274,7 +267,6 @@ impl Ready {
             shared: self.shared,
             stop: self.stop,
             announcer: self.announcer,
-            _store_mapping: self.store_mapping,
             lines: Vec::new(),
             threads: Vec::new(),
         };
@@ -424,81 +416,53 @@ fn serve_guest(
 #[derive(Debug, thiserror::Error)]
 enum ConnectionError {
     #[error("{0}")]
-    Relay(#[from] relay::End),
+    Channel(#[from] End),
     #[error("{0}")]
-    BackEnd(BackendError),
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    Failed(&'static str),
     #[error("{0}")]
     System(#[from] io::Error),
 }
 
-/// A device and its workers. The order of the fields is the order in which they go: dropping
-/// the daemon object waits for the workers, which end when the device is closed.
-struct Connection {
-    closing: CloseOnDrop,
-    daemon: VhostUserDaemon<Arc<Device>>,
-}
-
-struct CloseOnDrop(Arc<Device>);
-
-impl Drop for CloseOnDrop {
-    fn drop(&mut self) {
-        self.0.close();
-    }
-}
-
-impl Connection {
-    fn new(guest: &Arc<Guest>) -> Result<Self, ConnectionError> {
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let device = Arc::new(Device::new(Arc::clone(guest), memory.clone())?);
-        let closing = CloseOnDrop(Arc::clone(&device));
-        let daemon = VhostUserDaemon::new(guest.name.clone(), Arc::clone(&device), memory)
-            .map_err(ConnectionError::BackEnd)?;
-        // Whole before anything can fail, so that it goes in the right order.
-        let connection = Connection { closing, daemon };
-        for (handler, bell) in connection
-            .daemon
-            .get_epoll_handlers()
-            .iter()
-            .zip(device.bells())
-        {
-            handler.register_listener(bell, EventSet::IN, device.bell_token())?;
-        }
-        guest.attach(&device);
-        Ok(connection)
-    }
-}
-
 fn serve_connection(guest: &Arc<Guest>, front: &UnixStream) -> Result<(), ConnectionError> {
-    let mut connection = Connection::new(guest)?;
-    let (listener, back) = private_connection(&guest.socket)?;
-    let mut listener = Listener::from(listener);
-    connection
-        .daemon
-        .start(&mut listener)
-        .map_err(ConnectionError::BackEnd)?;
-    let device = &connection.closing.0;
-    let end = relay::run(front, &back, |channel| device.set_backend_channel(channel));
-    let _ = back.shutdown(Shutdown::Both);
-    let verdict = connection.daemon.wait();
+    let device = Arc::new(Device::new(Arc::clone(guest))?);
+    let workers = Workers::start(&device)?;
+    guest.attach(&device);
+    let end = converse(&device, front);
     // The workers end here. Only then may the front-end see that it is over: it takes the used
     // indexes for final, and would have the next back-end execute again what is completed now.
-    drop(connection);
+    drop(workers);
     let _ = front.shutdown(Shutdown::Both);
-    match (end, verdict) {
-        (relay::End::FrontEnd, _) => Ok(()),
-        // It says which message, and why.
-        (relay::End::BackEnd, Err(error)) if !is_hangup(&error) => {
-            Err(ConnectionError::BackEnd(error))
-        }
-        (end, _) => Err(end.into()),
+    match end {
+        // Whatever the front-end did about it meanwhile.
+        _ if device.failure().is_some() => Err(ConnectionError::Failed(
+            device.failure().unwrap_or_default(),
+        )),
+        ConnectionError::Channel(End::FrontEnd) => Ok(()),
+        error => Err(error),
     }
 }
 
-fn is_hangup(error: &BackendError) -> bool {
-    matches!(
-        error,
-        BackendError::HandleRequest(VhostError::Disconnected | VhostError::PartialMessage)
-    )
+/// Does what the front-end says, for as long as it makes sense.
+fn converse(device: &Device, front: &UnixStream) -> ConnectionError {
+    let channel = Channel::new(front, device.over());
+    let mut session = Session::new(device);
+    loop {
+        let received = match channel.receive() {
+            Ok(received) => received,
+            Err(end) => return end.into(),
+        };
+        let (answer, verdict) = session.handle(received);
+        let answered = answer.map_or(Ok(()), |answer| channel.answer(&answer));
+        // A refusal says more than that nobody wanted to hear of it.
+        if let Err(refusal) = verdict {
+            return refusal.into();
+        }
+        if let Err(end) = answered {
+            return end.into();
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use cram_store::{Client, Store, StoreConfig};
 use cram_tests::frontend::{Descriptor, Guest, Memory, Options, PATIENCE, Piece, TestDaemon};
 use vhost_device_cram::execute::{Target, Workspace, execute};
 use vhost_device_cram::request::{Table, Terms};
+use vhost_device_cram::vhost::memory::Memory as Shared;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const CAPACITY: u64 = 64 << 20;
@@ -88,7 +89,7 @@ fn through_the_front_end() -> Result<()> {
 
 /// The parser, and what executes, over memory of its own.
 struct Direct {
-    memory: GuestMemoryMmap<()>,
+    memory: Shared,
     store: Arc<Store>,
     client: Arc<Client>,
     workspace: Workspace,
@@ -103,7 +104,7 @@ impl Direct {
         let client = store.add_client("guest", None)?;
         let range = (GuestAddress(0), usize::try_from(MEMORY)?);
         Ok(Self {
-            memory: GuestMemoryMmap::from_ranges(&[range])?,
+            memory: GuestMemoryMmap::from_ranges(&[range])?.into(),
             store,
             client,
             workspace: Workspace::new(),

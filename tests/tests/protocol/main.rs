@@ -5,6 +5,7 @@
 mod arena;
 mod conformance;
 mod connection;
+mod ends;
 mod events;
 mod flow;
 mod hostile;
