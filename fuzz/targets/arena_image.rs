@@ -42,6 +42,15 @@ impl Payload {
             } => {
                 let mut bytes = vec![holder % 6];
                 bytes.extend((if *group < 4 { *group } else { u16::MAX }).to_le_bytes());
+                // No quota, the usual weight, not frozen; generation and instance.
+                bytes.extend(u64::MAX.to_le_bytes());
+                bytes.extend(100_u32.to_le_bytes());
+                bytes.push(0);
+                bytes.extend([0; 8 + 16]);
+                // Of the uuids that it says it has, some may be missing.
+                let uuids = name / 64;
+                bytes.push(uuids);
+                (0..uuids % 3).for_each(|uuid| bytes.extend([uuid; 16]));
                 bytes.push(b'a' + name % 26);
                 bytes
             }
@@ -58,6 +67,7 @@ impl Payload {
             Self::Pool { space, flags } => {
                 let mut bytes = u32::from(space % 4).to_le_bytes().to_vec();
                 bytes.push(flags % 3);
+                bytes.extend(u64::from(flags / 128).to_le_bytes());
                 bytes
             }
             Self::Object { space, owner, id } => {

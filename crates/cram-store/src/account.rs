@@ -10,14 +10,13 @@ use std::sync::Arc;
 
 use crate::budget::{Shortage, add_within};
 use crate::queue::Queue;
+use crate::settings::{ClientSettings, DEFAULT_WEIGHT};
 use crate::stats::Tally;
 use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// Stands for "no quota" where a quota is kept as a number.
 pub(crate) const NO_QUOTA: u64 = u64::MAX;
-/// The weight of a client of which the operator has said nothing.
-pub const DEFAULT_WEIGHT: u32 = 100;
 
 /// What an account is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,9 +79,17 @@ impl Account {
         }
     }
 
-    /// Bytes of the structure, to be charged to the store and billed to the account.
+    /// Bytes of the structure, and of all that a client may have beside it, to be charged to the
+    /// store and billed to the account.
     pub(crate) fn fixed_bytes(name: &str, stripes: usize) -> u64 {
-        (size_of::<Self>() + Tally::bytes(stripes) + 2 * name.len() + 512) as u64
+        (size_of::<Self>() + Tally::bytes(stripes) + 2 * name.len() + 2048) as u64
+    }
+
+    /// At recovery: what was set for it.
+    pub(crate) fn restore(&self, settings: &ClientSettings) {
+        self.set_quota(settings.quota_bytes);
+        self.set_weight(settings.weight);
+        self.set_frozen(settings.is_frozen);
     }
 
     pub(crate) fn quota_bytes(&self) -> u64 {

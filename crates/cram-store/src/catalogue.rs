@@ -4,9 +4,10 @@
 //! payloads are laid out here, little-endian.
 //!
 //! ```text
-//! Account  holder (1), group (2, 0xffff: none), name (the rest)
+//! Account  holder (1), group (2, 0xffff: none), quota (8, all ones: none), weight (4), frozen (1),
+//!          generation (8), instance (16), number of uuids (1), uuids (16 each), name (the rest)
 //! Space    keeping (1), account (2), uuid (16)
-//! Pool     space (4), flags (1)
+//! Pool     space (4), flags (1), generation of its client (8)
 //! Object   space (4), owner (2), object id (24)
 //! ```
 //!
@@ -16,10 +17,11 @@
 use std::collections::HashMap;
 
 use crate::ObjectId;
-use crate::account::Holder;
+use crate::account::{Holder, NO_QUOTA};
 use crate::arena::{Kind, Place};
 use crate::client::PoolSpec;
 use crate::objects::Object;
+use crate::settings::{ClientSettings, Identity};
 use crate::space::Keeping;
 
 /// The most bytes of a name.
@@ -33,20 +35,64 @@ pub(crate) struct AccountRecord {
     pub(crate) holder: Holder,
     pub(crate) group: Option<u16>,
     pub(crate) name: String,
+    pub(crate) settings: ClientSettings,
+    pub(crate) identity: Identity,
 }
 
 impl AccountRecord {
+    /// Of an account that belongs to no client: nothing is set for it.
+    pub(crate) fn plain(holder: Holder, group: Option<u16>, name: &str) -> Self {
+        Self {
+            holder,
+            group,
+            name: name.to_owned(),
+            settings: ClientSettings::default(),
+            identity: Identity::default(),
+        }
+    }
+
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let (settings, identity) = (&self.settings, &self.identity);
+        // Bounded by `ClientSettings::checked`.
+        let authorised = u8::try_from(settings.authorised.len()).unwrap_or(u8::MAX);
         let mut bytes = vec![self.holder as u8];
         bytes.extend(self.group.unwrap_or(NO_GROUP).to_le_bytes());
+        bytes.extend(settings.quota_bytes.unwrap_or(NO_QUOTA).to_le_bytes());
+        bytes.extend(settings.weight.to_le_bytes());
+        bytes.push(u8::from(settings.is_frozen));
+        bytes.extend(identity.generation.to_le_bytes());
+        bytes.extend(identity.instance);
+        bytes.push(authorised);
+        let uuids = settings.authorised.iter().take(authorised.into());
+        bytes.extend(uuids.flatten());
         bytes.extend(self.name.as_bytes());
         bytes
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (holder, rest) = bytes.split_first()?;
-        let (group, name) = rest.split_first_chunk::<2>()?;
+        let (group, rest) = rest.split_first_chunk()?;
+        let (quota, rest) = rest.split_first_chunk()?;
+        let (weight, rest) = rest.split_first_chunk()?;
+        let (is_frozen, rest) = rest.split_first()?;
+        let (generation, rest) = rest.split_first_chunk()?;
+        let (instance, rest) = rest.split_first_chunk()?;
+        let (authorised, rest) = rest.split_first()?;
+        let uuids = usize::from(*authorised) * 16;
+        let (uuids, name) = (rest.get(..uuids)?, rest.get(uuids..)?);
         let group = u16::from_le_bytes(*group);
+        let quota = u64::from_le_bytes(*quota);
+        let settings = ClientSettings {
+            quota_bytes: (quota != NO_QUOTA).then_some(quota),
+            weight: u32::from_le_bytes(*weight),
+            is_frozen: match is_frozen {
+                0 => false,
+                1 => true,
+                _ => return None,
+            },
+            authorised: uuids.as_chunks().0.iter().copied().collect(),
+        };
+        settings.checked().ok()?;
         Some(Self {
             holder: match holder {
                 1 => Holder::Client,
@@ -60,6 +106,11 @@ impl AccountRecord {
                 .ok()
                 .filter(|name| name.len() <= NAME_BYTES_MAX)?
                 .to_owned(),
+            settings,
+            identity: Identity {
+                generation: u64::from_le_bytes(*generation),
+                instance: *instance,
+            },
         })
     }
 }
@@ -102,32 +153,39 @@ impl SpaceRecord {
 pub(crate) struct PoolRecord {
     pub(crate) space: u32,
     pub(crate) refuse_incompressible: bool,
+    /// Of its client when it was made. The pools of an earlier one are gone: so one record, the
+    /// account's, ends them all at one moment.
+    pub(crate) generation: u64,
 }
 
 impl PoolRecord {
-    pub(crate) fn new(space: u32, spec: &PoolSpec) -> Self {
+    pub(crate) fn new(space: u32, spec: &PoolSpec, generation: u64) -> Self {
         Self {
             space,
             refuse_incompressible: spec.refuse_incompressible,
+            generation,
         }
     }
 
     pub(crate) fn to_bytes(self) -> Vec<u8> {
         let mut bytes = self.space.to_le_bytes().to_vec();
         bytes.push(u8::from(self.refuse_incompressible));
+        bytes.extend(self.generation.to_le_bytes());
         bytes
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (space, flags) = bytes.split_first_chunk()?;
+        let (space, rest) = bytes.split_first_chunk()?;
+        let (flags, generation) = rest.split_first()?;
         let refuse_incompressible = match flags {
-            [0] => false,
-            [1] => true,
+            0 => false,
+            1 => true,
             _ => return None,
         };
         Some(Self {
             space: u32::from_le_bytes(*space),
             refuse_incompressible,
+            generation: u64::from_le_bytes(generation.try_into().ok()?),
         })
     }
 }
@@ -210,11 +268,28 @@ mod tests {
             holder: Holder::Client,
             group: Some(7),
             name: "vm1".into(),
+            settings: ClientSettings {
+                quota_bytes: Some(12_345),
+                weight: 7,
+                is_frozen: true,
+                authorised: [[1; 16], [2; 16]].into(),
+            },
+            identity: Identity {
+                generation: 77,
+                instance: [8; 16],
+            },
         };
         let bytes = account.to_bytes();
         assert_eq!(AccountRecord::from_bytes(&bytes), Some(account));
-        assert_eq!(AccountRecord::from_bytes(&[9, 0, 0, b'a']), None);
-        assert_eq!(AccountRecord::from_bytes(&[1, 0, 0, 0xff]), None);
+        let plain = AccountRecord::plain(Holder::SharedPool, None, "");
+        assert_eq!(AccountRecord::from_bytes(&plain.to_bytes()), Some(plain));
+        // Another holder, a flag that is none, a name that is none, more uuids than there are bytes.
+        let ends = [(0, 9), (15, 2), (bytes.len() - 1, 0xff), (40, 200)];
+        for (at, byte) in ends {
+            let mut wrong = bytes.clone();
+            wrong[at] = byte;
+            assert_eq!(AccountRecord::from_bytes(&wrong), None, "{at}");
+        }
         let space = SpaceRecord {
             keeping: Keeping::Shared,
             account: 300,
@@ -224,6 +299,7 @@ mod tests {
         let pool = PoolRecord {
             space: 70_000,
             refuse_incompressible: true,
+            generation: u64::MAX - 3,
         };
         assert_eq!(PoolRecord::from_bytes(&pool.to_bytes()), Some(pool));
         let object = Object {

@@ -2,7 +2,9 @@
 
 //! A client: one guest, with its quota, its pools, and what the operator allows it.
 
-use std::collections::{HashMap, HashSet};
+mod durable;
+
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -17,10 +19,13 @@ use crate::evict::Whose;
 use crate::policy::{PRESSURE_MAX, between, low_watermark};
 use crate::pool::Pool;
 use crate::recover::KnownClient;
+use crate::settings::{AUTHORISED_MAX, Identity};
 use crate::space::{Keeping, Space};
 use crate::stats::ClientStats;
 use crate::sync::atomic::Ordering::Relaxed;
 use crate::sync::{Mutex, RwLock};
+
+use durable::Durable;
 
 /// A pool's number inside its client, chosen by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,7 +93,7 @@ pub struct Client {
     /// Inside which its equal pages are stored once.
     domain: Arc<Domain>,
     max_pools: u32,
-    authorised: Mutex<HashSet<[u8; 16]>>,
+    durable: Mutex<Durable>,
     pools: RwLock<Pools>,
 }
 
@@ -105,6 +110,7 @@ impl Client {
         core: Arc<Core>,
         account: Arc<Account>,
         domain: Arc<Domain>,
+        identity: Identity,
         config: &StoreConfig,
     ) -> Self {
         Self {
@@ -112,17 +118,30 @@ impl Client {
             account,
             domain,
             max_pools: config.max_pools_per_client,
-            authorised: Mutex::default(),
+            durable: Mutex::new(Durable {
+                authorised: BTreeSet::new(),
+                identity,
+            }),
             pools: RwLock::default(),
         }
     }
 
     /// A client that was found in the arena, with its pools.
     pub(crate) fn recovered(core: Arc<Core>, known: KnownClient, config: &StoreConfig) -> Self {
-        let client = Self::new(core, known.account, known.domain, config);
+        let KnownClient {
+            account,
+            domain,
+            settings,
+            identity,
+            pools: known,
+        } = known;
+        // Only now: what is there already may be more than a quota allows.
+        account.restore(&settings);
+        let client = Self::new(core, account, domain, identity, config);
+        client.durable.lock().authorised = settings.authorised;
         {
             let mut pools = client.pools.write();
-            for (id, spec, space) in known.pools {
+            for (id, spec, space) in known {
                 let pool = Pool::new(client.core.clone(), spec, space, client.account.clone());
                 pools.by_id.insert(id, Arc::new(pool));
             }
@@ -149,8 +168,15 @@ impl Client {
 
     /// Changes the quota. When it is lowered, ephemeral pages that do not fit any more are evicted
     /// now; persistent ones stay, and puts are refused until enough of them were flushed.
+    ///
+    /// Kept in the arena if there is room, as are weight, freezing and authorising; see
+    /// [`Self::set_settings`] for how to learn whether there is.
     pub fn set_quota(&self, quota_bytes: Option<u64>) {
-        self.account.set_quota(quota_bytes);
+        let _ = self.change(|_| self.account.set_quota(quota_bytes));
+        self.evict_over_quota();
+    }
+
+    fn evict_over_quota(&self) {
         while self.account.is_over_quota() {
             let over = self
                 .account
@@ -170,7 +196,7 @@ impl Client {
 
     /// Changes the weight: 0 to give way to everybody, [`crate::DEFAULT_WEIGHT`] is usual.
     pub fn set_weight(&self, weight: u32) {
-        self.account.set_weight(weight);
+        let _ = self.change(|_| self.account.set_weight(weight));
     }
 
     /// Evicts about so many bytes of this client's ephemeral pages; how many pages went.
@@ -180,7 +206,7 @@ impl Client {
 
     /// While frozen, every put is refused (and removes the older copy); gets and flushes go on.
     pub fn freeze(&self, is_frozen: bool) {
-        self.account.set_frozen(is_frozen);
+        let _ = self.change(|_| self.account.set_frozen(is_frozen));
     }
 
     /// Whether puts are refused for now.
@@ -189,14 +215,23 @@ impl Client {
         self.account.is_frozen()
     }
 
-    /// Allows this client to open the shared pool of that uuid.
-    pub fn authorise(&self, uuid: [u8; 16]) {
-        self.authorised.lock().insert(uuid);
+    /// Allows this client to open the shared pool of that uuid. False when it is allowed
+    /// [`AUTHORISED_MAX`] others already.
+    pub fn authorise(&self, uuid: [u8; 16]) -> bool {
+        let mut is_allowed = false;
+        let _ = self.change(|durable| {
+            let uuids = &mut durable.authorised;
+            is_allowed = uuids.contains(&uuid) || uuids.len() < AUTHORISED_MAX;
+            if is_allowed {
+                uuids.insert(uuid);
+            }
+        });
+        is_allowed
     }
 
     /// Withdraws what [`Self::authorise`] allowed. Pools that are open stay open.
     pub fn revoke(&self, uuid: &[u8; 16]) {
-        self.authorised.lock().remove(uuid);
+        let _ = self.change(|durable| _ = durable.authorised.remove(uuid));
     }
 
     /// Makes a pool, or finds it when it is there with the very same spec. How many pages are in
@@ -224,7 +259,7 @@ impl Client {
             PoolKind::PrivateEphemeral => self.new_space(Keeping::Exclusive)?,
             PoolKind::SharedEphemeral { uuid } => self.open_shared(uuid)?,
         };
-        let record = PoolRecord::new(space.number, &spec).to_bytes();
+        let record = PoolRecord::new(space.number, &spec, self.generation()).to_bytes();
         let pool = Pool::new(self.core.clone(), spec, space, self.account.clone());
         if self.core.write_entry(self.pool_key(id), &record).is_err() {
             self.leave(&pool);
@@ -249,7 +284,7 @@ impl Client {
 
     /// The space of a shared pool, made if this is the first client to open it.
     fn open_shared(&self, uuid: [u8; 16]) -> Result<Arc<Space>, PoolError> {
-        if !self.authorised.lock().contains(&uuid) {
+        if !self.durable.lock().authorised.contains(&uuid) {
             return Err(PoolError::Denied);
         }
         let core = &self.core;
@@ -258,7 +293,7 @@ impl Client {
             entry.opened += 1;
             return Ok(entry.space.clone());
         }
-        let account = core.add_account(Holder::SharedPool, None, "", None);
+        let account = core.add_account(Holder::SharedPool, None, "", None, Identity::default());
         let account = account.ok_or(PoolError::NoSpace)?;
         let space = core.new_space(Keeping::Shared, uuid, account.clone(), None);
         let space = space.map_err(|_| {
@@ -291,6 +326,7 @@ impl Client {
 
     fn leave(&self, pool: &Pool) -> u64 {
         let space = pool.space();
+        pool.leave();
         if space.is_shared() {
             let mut shared = self.core.shared.lock();
             if let Some(entry) = shared.get_mut(&space.uuid) {
@@ -384,11 +420,7 @@ impl Client {
             self.core.budget.release(freed);
         }
         // Pages of it may be left in shared pools: they stay, and with them the account.
-        let gone = AccountRecord {
-            holder: Holder::Gone,
-            group: None,
-            name: account.name.clone(),
-        };
+        let gone = AccountRecord::plain(Holder::Gone, None, &account.name);
         if account.tally.pages() > 0 {
             let key = (Kind::Account, u32::from(account.number), 0);
             // Without room for the record a store that is opened again has a client of that name

@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::arena::{ArenaError, Backing};
 use crate::catalogue::NAME_BYTES_MAX;
 use crate::maintain::Background;
+use crate::settings::AUTHORISED_MAX;
 
 /// The least capacity that a store accepts, in bytes: below it the fixed structures would be most of it.
 pub const CAPACITY_BYTES_MIN: u64 = 256 << 10;
@@ -123,6 +124,9 @@ pub enum StoreError {
         /// How long it is.
         bytes: usize,
     },
+    /// More uuids than [`AUTHORISED_MAX`].
+    #[error("a client can be authorised for {AUTHORISED_MAX} shared pools at the most")]
+    TooManyAuthorised,
     /// The arena could not be opened.
     #[error(transparent)]
     Arena(#[from] ArenaError),

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::account::{Account, Accounts, Holder};
 use crate::arena::{
@@ -19,9 +20,11 @@ use crate::compact::Compactor;
 use crate::config::StoreConfig;
 use crate::domain::Domain;
 use crate::ghosts::Ghosts;
+use crate::index::HashKeys;
 use crate::maintain::Waker;
 use crate::objects::{Object, Objects};
 use crate::queue::{Class, Queue, Visit};
+use crate::settings::Identity;
 use crate::space::{Keeping, Space};
 use crate::stats::{Sizes, StoreStats, Sum, Tally};
 use crate::sums::Sums;
@@ -328,6 +331,30 @@ impl Core {
         Ok(())
     }
 
+    /// Writes what is to be known of an account from now on. Takes all kinds of locks.
+    pub(crate) fn write_account(
+        &self,
+        number: u16,
+        record: &AccountRecord,
+    ) -> Result<(), Shortage> {
+        let key = (Kind::Account, u32::from(number), 0);
+        let bytes = record.to_bytes();
+        let write = || self.write_entry(key, &bytes);
+        write().or_else(|why| if self.make_span() { write() } else { Err(why) })
+    }
+
+    /// A number, not 0, that is drawn for one client only once.
+    pub(crate) fn draw_generation(&self) -> u64 {
+        static DRAWN: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let time = since.map_or(0, |since| since.as_nanos());
+        let count = DRAWN.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let secret = self.arena.secret();
+        HashKeys(secret.number(5), secret.number(6))
+            .hash_one((time, count, std::process::id()))
+            .max(1)
+    }
+
     /// Takes an entry out of the catalogue.
     pub(crate) fn erase_entry(&self, key: &EntryKey) {
         let mut catalogue = self.catalogue.lock();
@@ -446,6 +473,7 @@ impl Core {
         group: Option<u16>,
         name: &str,
         quota_bytes: Option<u64>,
+        identity: Identity,
     ) -> Option<Arc<Account>> {
         self.sweep_accounts();
         let bytes = Account::fixed_bytes(name, self.stripes);
@@ -453,11 +481,9 @@ impl Core {
             let account = Account::new(number, holder, name, quota_bytes, self.stripes);
             account.reserve(bytes).ok()?;
             self.budget.reserve(bytes).ok()?;
-            let record = AccountRecord {
-                holder,
-                group,
-                name: name.to_owned(),
-            };
+            let mut record = AccountRecord::plain(holder, group, name);
+            record.settings.quota_bytes = quota_bytes;
+            record.identity = identity;
             let key = (Kind::Account, u32::from(number), 0);
             self.write_entry(key, &record.to_bytes())
                 .inspect_err(|_| self.budget.release(bytes))

@@ -64,6 +64,7 @@ mod prefetch;
 mod queue;
 mod recompress;
 mod recover;
+mod settings;
 mod share;
 mod space;
 mod stats;
@@ -73,7 +74,6 @@ mod sync;
 mod tables;
 mod twins;
 
-pub use account::DEFAULT_WEIGHT;
 pub use arena::{ArenaError, Backing, FORMAT_VERSION};
 pub use client::{Client, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
 pub use codec::Scratch;
@@ -85,6 +85,7 @@ pub use maintain::Background;
 pub use policy::ReclaimTarget;
 pub use pool::{GetResult, Pool, PutResult};
 pub use recover::Recovery;
+pub use settings::{AUTHORISED_MAX, ClientSettings, DEFAULT_WEIGHT};
 pub use stats::{ClientStats, PoolStats, Refusal, Stats, StoreStats};
 pub use store::{AgeBytes, Store};
 

@@ -11,8 +11,10 @@ use crate::codec::{Scratch, filled_payload, filled_with, filled_word};
 use crate::core::Core;
 use crate::evict::Whose;
 use crate::index::Key;
+use crate::share::Putting;
 use crate::space::{Incoming, Keeping, Obstacle, Space};
 use crate::stats::{Event, PoolStats, Refusal};
+use crate::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::{ObjectId, PAGE_SIZE, Page};
 
 /// What became of a put.
@@ -53,6 +55,7 @@ pub struct Pool {
     spec: PoolSpec,
     space: Arc<Space>,
     account: Arc<Account>,
+    is_left: AtomicBool,
 }
 
 impl std::fmt::Debug for Pool {
@@ -92,7 +95,15 @@ impl Pool {
             spec,
             space,
             account,
+            is_left: AtomicBool::new(false),
         }
+    }
+
+    /// The client has destroyed the pool, which others may have open still: from now on the handle
+    /// does nothing any more.
+    pub(crate) fn leave(&self) {
+        self.is_left.store(true, Relaxed);
+        self.space.wait_for_puts();
     }
 
     pub(crate) fn space(&self) -> &Arc<Space> {
@@ -141,7 +152,9 @@ impl Pool {
         match self.try_put(&key, page, scratch) {
             Ok(()) => PutResult::Stored,
             Err(why) => {
-                self.space.remove(&self.core, &key, |_| true);
+                if !self.is_left.load(Relaxed) {
+                    self.space.remove(&self.core, &key, |_| true);
+                }
                 self.count(why.into());
                 PutResult::Refused(why)
             }
@@ -149,6 +162,9 @@ impl Pool {
     }
 
     fn try_put(&self, key: &Key, page: &Page, scratch: &mut Scratch) -> Result<(), Refusal> {
+        if self.is_left.load(Relaxed) {
+            return Err(Refusal::NoSpace);
+        }
         if self.account.is_frozen() {
             return Err(Refusal::Frozen);
         }
@@ -161,6 +177,7 @@ impl Pool {
             is_zstd: false,
             owner,
             worker,
+            is_left: &self.is_left,
         };
         if let Some(word) = filled_with(page) {
             let bytes = word.to_le_bytes();
@@ -179,10 +196,18 @@ impl Pool {
             core.twins.prefetch(domain.number(), content);
         }
         self.space.prefetch(core, key, worker);
-        if let Some(domain) = domain
-            && core.put_as_twin(&self.space, domain, key, page, content, scratch)
-        {
-            return Ok(());
+        if let Some(domain) = domain {
+            let putting = Putting {
+                space: &self.space,
+                domain,
+                key,
+                content,
+                worker,
+                is_left: &self.is_left,
+            };
+            if core.put_as_twin(&putting, page, scratch) {
+                return Ok(());
+            }
         }
         let payload = scratch.pack(page);
         if self.spec.refuse_incompressible && payload.len() == PAGE_SIZE {
@@ -267,6 +292,9 @@ impl Pool {
     }
 
     fn try_get(&self, key: &Key, page: &mut Page, scratch: &mut Scratch) -> GetResult {
+        if self.is_left.load(Relaxed) {
+            return GetResult::Missing;
+        }
         let is_exclusive = self.space.keeping == Keeping::Exclusive;
         for _ in 0..GET_TRIES {
             let held = match self.look_up(key) {
@@ -369,6 +397,9 @@ impl Pool {
         let Some(more) = count.checked_sub(1) else {
             return 0;
         };
+        if self.is_left.load(Relaxed) {
+            return 0;
+        }
         let last = u32::try_from(u64::from(first).saturating_add(more)).unwrap_or(u32::MAX);
         let removed = self.space.remove_range(&self.core, object, first, last);
         self.count_times(Event::Flush, removed);

@@ -27,6 +27,7 @@ use crate::core::Core;
 use crate::domain::Domain;
 use crate::index::Numbers;
 use crate::queue::Class;
+use crate::settings::{ClientSettings, Identity};
 use crate::space::Space;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
@@ -49,6 +50,8 @@ pub struct Recovery {
 pub(crate) struct KnownClient {
     pub(crate) account: Arc<Account>,
     pub(crate) domain: Arc<Domain>,
+    pub(crate) settings: ClientSettings,
+    pub(crate) identity: Identity,
     pub(crate) pools: Vec<(PoolId, PoolSpec, Arc<Space>)>,
 }
 

@@ -14,6 +14,7 @@ use crate::index::Key;
 use crate::queue::{Class, Visit};
 use crate::space::{Incoming, Space};
 use crate::sums::Content;
+use crate::sync::atomic::AtomicBool;
 
 /// What came of looking for a twin.
 enum Twin {
@@ -31,12 +32,14 @@ enum Owner {
 
 /// Who puts a page, and which.
 #[derive(Clone, Copy)]
-struct Putting<'a> {
-    space: &'a Space,
-    domain: &'a Domain,
-    key: &'a Key,
-    content: Content,
-    worker: usize,
+pub(crate) struct Putting<'a> {
+    pub(crate) space: &'a Space,
+    pub(crate) domain: &'a Domain,
+    pub(crate) key: &'a Key,
+    pub(crate) content: Content,
+    pub(crate) worker: usize,
+    /// As in [`Incoming`].
+    pub(crate) is_left: &'a AtomicBool,
 }
 
 impl Core {
@@ -44,30 +47,23 @@ impl Core {
     /// or something stood in the way: then the page is to be stored as any other.
     pub(crate) fn put_as_twin(
         &self,
-        space: &Space,
-        domain: &Domain,
-        key: &Key,
+        putting: &Putting<'_>,
         page: &Page,
-        content: Content,
         scratch: &mut Scratch,
     ) -> bool {
-        let putting = Putting {
-            space,
-            domain,
-            key,
-            content,
-            worker: scratch.head(),
-        };
+        let &Putting {
+            domain, content, ..
+        } = putting;
         let twin = self
             .twins
             .find(&self.arena, domain.number(), content, |place, pin| {
-                self.try_twin(&putting, place, pin, page, scratch)
+                self.try_twin(putting, place, pin, page, scratch)
             });
         match twin {
             None => false,
             Some(Twin::Same) => true,
             Some(Twin::Image(number)) => {
-                let is_stored = self.enter_alias(&putting, number);
+                let is_stored = self.enter_alias(putting, number);
                 if !is_stored {
                     self.drop_image_ref(domain, number);
                 }
@@ -278,6 +274,7 @@ impl Core {
             is_zstd: false,
             owner: putting.space.payer.number,
             worker: putting.worker,
+            is_left: putting.is_left,
         };
         let space = putting.space;
         let bill = space.bill_bytes(self, incoming.payload.len());

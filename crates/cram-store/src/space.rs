@@ -21,7 +21,7 @@ use crate::leaf::PAGES_PER_LEAF;
 use crate::objects::Object;
 use crate::queue::Class;
 use crate::stats::{Amounts, PoolStats, Tally};
-use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::sync::{Mutex, MutexGuard};
 
 /// What becomes of the pages of a space.
@@ -118,6 +118,8 @@ pub(crate) struct Incoming<'a> {
     pub(crate) owner: u16,
     /// Number of the worker that puts it.
     pub(crate) worker: usize,
+    /// Set when the client has left the pool: nothing comes in any more through its handle.
+    pub(crate) is_left: &'a AtomicBool,
 }
 
 /// A page that was appended to the arena.
@@ -285,7 +287,7 @@ impl Space {
         let numbering = self.numbering(core, incoming.owner);
         let (shard, hash) = self.find(key.object, key.region());
         let mut index = shard.lock();
-        if index.is_dead {
+        if index.is_dead || incoming.is_left.load(Relaxed) {
             return Err(Obstacle::PoolGone);
         }
         let before = Self::index_bill_bytes(index.extent());
@@ -558,6 +560,14 @@ impl Space {
         drop(index);
         core.relieve();
         removed
+    }
+
+    /// Waits until whoever is entering a page has entered it. Who set [`Incoming::is_left`] before
+    /// knows then that nothing more comes.
+    pub(crate) fn wait_for_puts(&self) {
+        for shard in &self.shards {
+            drop(shard.lock());
+        }
     }
 
     /// Takes everything out, for good: nothing comes in any more. How many pages there were.

@@ -18,6 +18,7 @@ use crate::maintain::Keeper;
 use crate::policy::ReclaimTarget;
 use crate::recompress::Repacker;
 use crate::recover::{Recovery, recover};
+use crate::settings::Identity;
 use crate::stats::StoreStats;
 use crate::sync::RwLock;
 
@@ -164,10 +165,14 @@ impl Store {
         let group = group.map(|group| self.group(group).ok_or(StoreError::NoRoom));
         let group = group.transpose()?;
         let number = group.as_ref().map(|group| group.number());
-        let account = core.add_account(Holder::Client, number, name, quota_bytes);
+        let identity = Identity {
+            generation: core.draw_generation(),
+            ..Identity::default()
+        };
+        let account = core.add_account(Holder::Client, number, name, quota_bytes, identity);
         let account = account.ok_or(StoreError::NoRoom)?;
         let domain = group.unwrap_or_else(|| core.own_domain(&account));
-        let client = Client::new(core.clone(), account, domain, &self.config);
+        let client = Client::new(core.clone(), account, domain, identity, &self.config);
         let client = Arc::new(client);
         clients.insert(name.to_owned(), client.clone());
         Ok(client)
@@ -182,7 +187,8 @@ impl Store {
         if let Some(domain) = core.domains.read().values().find(is_it) {
             return Some(domain.clone());
         }
-        let account = core.add_account(Holder::SharingGroup, None, name, None)?;
+        let account =
+            core.add_account(Holder::SharingGroup, None, name, None, Identity::default())?;
         Some(core.own_domain(&account))
     }
 

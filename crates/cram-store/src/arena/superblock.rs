@@ -21,7 +21,7 @@ use super::Secret;
 use super::region::Region;
 
 /// The version of the format that this code writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Bytes from one copy to the next; what lies between is unused.
 const COPY_BYTES: usize = 2048;
 /// Bytes of both copies with what is unused: not less than a page of the host.
@@ -218,12 +218,12 @@ mod tests {
         damaged[COPY_BYTES + 100] ^= 1;
         assert_eq!(reading(&damaged), Some(Unreadable::Damaged));
         let mut newer = superblock().to_bytes();
-        newer[8] = 2;
+        newer[8] = 3;
         let sum = XxHash3_64::oneshot(&newer[..SUM_AT]);
         newer[SUM_AT..].copy_from_slice(&sum.to_le_bytes());
         let mut bytes = vec![0; 2 * COPY_BYTES];
         bytes[..BYTES].copy_from_slice(&newer);
-        assert_eq!(reading(&bytes), Some(Unreadable::Version(2)));
+        assert_eq!(reading(&bytes), Some(Unreadable::Version(3)));
         let absurd = Superblock {
             span_shift: 31,
             ..superblock()

@@ -126,9 +126,9 @@ impl Reader<'_> {
                 account.reserve_anyway(bytes);
                 let is_gone = record.holder == Holder::Gone;
                 account.is_closed.store(is_gone, Relaxed);
-                Some((Arc::new(account), record.group))
+                Some((Arc::new(account), record))
             });
-            let Some((account, group)) = account else {
+            let Some((account, record)) = account else {
                 self.reject_all(copies);
                 continue;
             };
@@ -136,16 +136,18 @@ impl Reader<'_> {
             self.adopt(*key, copies);
             match account.holder {
                 Holder::SharingGroup => _ = core.own_domain(&account),
-                Holder::Client => clients.push((account, group)),
+                Holder::Client => clients.push((account, record)),
                 Holder::SharedPool | Holder::Gone => (),
             }
         }
-        let with_domain = |(account, group): (Arc<Account>, Option<u16>)| {
-            let group = group.and_then(|group| core.domain(group));
+        let with_domain = |(account, record): (Arc<Account>, AccountRecord)| {
+            let group = record.group.and_then(|group| core.domain(group));
             let domain = group.unwrap_or_else(|| core.own_domain(&account));
             KnownClient {
                 account,
                 domain,
+                settings: record.settings,
+                identity: record.identity,
                 pools: Vec::new(),
             }
         };
@@ -165,6 +167,10 @@ impl Reader<'_> {
                 .find(|client| u32::from(client.account.number) == key.1);
             let entered = client.zip(copies.first()).and_then(|(client, copy)| {
                 let record = PoolRecord::from_bytes(&copy.payload)?;
+                // What was left of a reset.
+                if record.generation != client.identity.generation {
+                    return None;
+                }
                 let space = self.space_for(entries, client, record.space)?;
                 let kind = match space.keeping {
                     Keeping::Persistent => PoolKind::Persistent,
