@@ -93,6 +93,7 @@ impl Host {
         let guest = Guest::new(
             "guest".into(),
             "/".into(),
+            false,
             Arc::clone(&store),
             account,
             offer,

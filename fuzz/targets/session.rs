@@ -53,7 +53,7 @@ impl Host {
         let announcer = Arc::new(Announcer::default());
         let (name, socket) = ("guest".into(), "/".into());
         let shared = Arc::clone(&store);
-        let guest = Guest::new(name, socket, shared, account, offer, announcer);
+        let guest = Guest::new(name, socket, false, shared, account, offer, announcer);
         let kinds = [
             Descriptor::Memory,
             Descriptor::SmallMemory,

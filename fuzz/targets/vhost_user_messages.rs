@@ -20,7 +20,7 @@ use front_end::{Descriptor, Input, MESSAGES_MAX, descriptor};
 use libfuzzer_sys::fuzz_target;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost_device_cram::client::Offer;
-use vhost_device_cram::server::{Daemon, Options, StoreOptions};
+use vhost_device_cram::server::{Daemon, GuestOptions, Options, StoreOptions};
 
 /// Descriptors of the whole process; one connection's are far fewer.
 const DESCRIPTORS_MAX: usize = 200;
@@ -43,7 +43,10 @@ impl Host {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let options = Options {
-            sockets: ["a", "b"].map(|name| folder.path().join(name)).to_vec(),
+            guests: ["a", "b"]
+                .map(|name| GuestOptions::of_socket(folder.path().join(name)))
+                .to_vec(),
+            keep: None,
             control_socket: None,
             store: StoreOptions::with_capacity(1 << 20),
             quota_bytes: None,
@@ -57,7 +60,7 @@ impl Host {
             },
         };
         let daemon = Daemon::start(&options).unwrap();
-        let other = UnixStream::connect(&options.sockets[1]).unwrap();
+        let other = UnixStream::connect(&options.guests[1].socket).unwrap();
         other.set_read_timeout(Some(PATIENCE)).unwrap();
         Self {
             _daemon: daemon,
@@ -68,7 +71,7 @@ impl Host {
     }
 
     fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.options.sockets[0]).unwrap();
+        let stream = UnixStream::connect(&self.options.guests[0].socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream

@@ -16,6 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use cram_abi::wire::{EVENT_QUEUE, EVENT_SIZE, feature};
+use cram_store::StoreError;
 use parking_lot::{Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendFlags, send};
@@ -26,7 +27,7 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use zerocopy::IntoBytes;
 
-use crate::client::{Counters, Guest};
+use crate::client::{Counters, Guest, Instance};
 use crate::execute::{Target, Workspace, execute};
 use crate::patience::Patience;
 use crate::request::Terms;
@@ -253,8 +254,13 @@ impl Device {
             .to_vec()
     }
 
-    /// All of the configuration space is read-only: nothing happens, as the protocol says.
-    pub fn write_config(&self, _offset: u32, _bytes: &[u8]) {}
+    /// Settles whose pages are served.
+    ///
+    /// # Errors
+    /// When they cannot be.
+    pub fn claim(&self, instance: Option<Instance>) -> Result<(), StoreError> {
+        self.guest.claim(instance)
+    }
 
     /// Changes a ring while no worker is at it, and has its worker look at it.
     ///

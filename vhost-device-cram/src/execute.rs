@@ -179,7 +179,7 @@ fn query(
         capacity_bytes: capacity.into(),
         pressure: target.client.pressure().min(wire::PRESSURE_MAX).into(),
         max_pools: target.max_pools.into(),
-        generation: target.store.generation().into(),
+        generation: target.client.generation().into(),
         ..Limits::default()
     };
     if !workspace.chain.write_limits(memory, &limits) {

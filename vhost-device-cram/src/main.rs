@@ -44,8 +44,8 @@ fn main() -> ExitCode {
         Ok(daemon) => daemon,
         Err(error) => return fail(1, &error.to_string()),
     };
-    for path in &options.sockets {
-        log::info!("listening on {}", path.display());
+    for guest in &options.guests {
+        log::info!("listening on {} for {}", guest.socket.display(), guest.name);
     }
     if let Some(path) = &options.control_socket {
         log::info!("control socket {}", path.display());

@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use cram_store::{Background, Backing, Client, Store, StoreConfig, StoreError};
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::announce::Announcer;
 use crate::cli::Dedup;
@@ -34,8 +34,10 @@ use crate::worker::Workers;
 /// What a daemon is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// One vhost-user socket for each guest.
-    pub sockets: Vec<PathBuf>,
+    /// The guests.
+    pub guests: Vec<GuestOptions>,
+    /// How long a guest's pages are kept while nobody is connected; for ever when not given.
+    pub keep: Option<Duration>,
     /// The control socket.
     pub control_socket: Option<PathBuf>,
     /// The store.
@@ -44,6 +46,29 @@ pub struct Options {
     pub quota_bytes: Option<u64>,
     /// What each guest is offered.
     pub offer: Offer,
+}
+
+/// A guest that may connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestOptions {
+    /// Its name, and its account's.
+    pub name: String,
+    /// Its vhost-user socket.
+    pub socket: PathBuf,
+    /// Whoever connects there is the virtual machine that was there before.
+    pub trusts_socket: bool,
+}
+
+impl GuestOptions {
+    /// A guest that is called what its socket is: `/run/vm1.sock` is `vm1`.
+    pub fn of_socket(socket: PathBuf) -> Self {
+        let stem = socket.file_stem().unwrap_or(socket.as_os_str());
+        GuestOptions {
+            name: stem.to_string_lossy().into_owned(),
+            socket,
+            trusts_socket: false,
+        }
+    }
 }
 
 /// What the store is made with.
@@ -95,8 +120,8 @@ impl StoreOptions {
     ) -> Result<Arc<Client>, StoreError> {
         /// What the sharing group of all guests is called.
         const ALL_GUESTS: &str = "all guests";
+        // Whatever the operator has set for it since is in the arena.
         if let Some(known) = store.client(name) {
-            known.set_quota(quota_bytes);
             if self.dedup != Dedup::All && known.is_in_sharing_group() {
                 log::warn!(
                     "{name}: the arena was made with --dedup all, and its equal pages are still stored \
@@ -155,6 +180,15 @@ impl Stop {
         self.stopping.load(Ordering::Acquire)
     }
 
+    /// Waits for so long. False when the daemon is to stop.
+    fn pause(&self, time: Duration) -> bool {
+        let time = Timespec::try_from(time).ok();
+        let mut fds = [PollFd::new(&self.bell, PollFlags::IN)];
+        // Woken early by whatever it is, it only looks early.
+        let _ = poll(&mut fds, time.as_ref());
+        !self.is_stopping()
+    }
+
     fn ring(&self) {
         self.stopping.store(true, Ordering::Release);
         // It fails only when the counter is full, and then the bell is ringing.
@@ -198,6 +232,7 @@ pub struct Ready {
     control: Option<BoundSocket>,
     stop: Arc<Stop>,
     announcer: Arc<Announcer>,
+    keep: Option<Duration>,
 }
 
 /// A running daemon. Dropping it ends it as [`Daemon::stop`] does.
@@ -219,11 +254,17 @@ impl Ready {
         let store = options.store.open(options.offer.max_pools)?;
         let announcer = Arc::new(Announcer::default());
         let mut guests = Vec::new();
-        for (name, path) in names(&options.sockets).into_iter().zip(&options.sockets) {
-            let account = options.store.account(&store, &name, options.quota_bytes)?;
+        for GuestOptions {
+            name,
+            socket,
+            trusts_socket,
+        } in &options.guests
+        {
+            let account = options.store.account(&store, name, options.quota_bytes)?;
             guests.push(Arc::new(Guest::new(
-                name,
-                path.clone(),
+                name.clone(),
+                socket.clone(),
+                *trusts_socket,
                 Arc::clone(&store),
                 account,
                 options.offer.clone(),
@@ -232,9 +273,9 @@ impl Ready {
         }
         // All of them before any thread, so that an error leaves nothing behind.
         let sockets = options
-            .sockets
+            .guests
             .iter()
-            .map(|path| BoundSocket::listen(path, false));
+            .map(|guest| BoundSocket::listen(&guest.socket, false));
         let sockets = sockets.collect::<Result<Vec<_>, _>>()?;
         let control = options.control_socket.as_deref();
         let control = control
@@ -257,6 +298,7 @@ impl Ready {
             control,
             stop,
             announcer,
+            keep: options.keep,
         })
     }
 
@@ -290,6 +332,10 @@ impl Ready {
                     .for_each(|guest| guest.announce_changes())
             });
         })?;
+        if let Some(keep) = self.keep {
+            let (shared, stop) = (Arc::clone(&daemon.shared), Arc::clone(&daemon.stop));
+            daemon.spawn("forget", move || forget(&shared, &stop, keep))?;
+        }
         Ok(daemon)
     }
 }
@@ -365,25 +411,17 @@ fn report_recovery(store: &Store, guests: &[Arc<Guest>]) {
     }
 }
 
-/// Short names for the guests, made from the names of their sockets: `/run/vm1.sock` is `vm1`.
-/// Where two would be the same, the whole paths are taken.
-fn names(sockets: &[PathBuf]) -> Vec<String> {
-    let stem = |path: &Path| {
-        path.file_stem()
-            .unwrap_or(path.as_os_str())
-            .to_string_lossy()
-            .into_owned()
-    };
-    let stems: Vec<String> = sockets.iter().map(|path| stem(path)).collect();
-    let is_unique = |name: &String| stems.iter().filter(|other| *other == name).count() == 1;
-    let name = |(path, stem): (&PathBuf, &String)| {
-        if is_unique(stem) {
-            stem.clone()
-        } else {
-            path.to_string_lossy().into_owned()
+/// Drops pages of guests that were away for longer than `keep`.
+fn forget(shared: &Shared, stop: &Stop, keep: Duration) {
+    /// Nobody needs it to the second.
+    const LOOK: Duration = Duration::from_secs(1);
+    while stop.pause(LOOK) {
+        for guest in &shared.guests {
+            if let Err(error) = guest.forget_after(keep) {
+                log::warn!("{}: pages cannot be dropped: {error}", guest.name);
+            }
         }
-    };
-    sockets.iter().zip(&stems).map(name).collect()
+    }
 }
 
 fn serve_guest(
@@ -399,6 +437,7 @@ fn serve_guest(
         if !stop.is_stopping() {
             // A defect of ours that shows in one connection shall not cost the guest its socket.
             let served = catch_unwind(AssertUnwindSafe(|| serve_connection(guest, &front)));
+            guest.detach();
             match served {
                 Ok(Ok(())) => log::info!("{}: the front-end disconnected", guest.name),
                 Ok(Err(error)) => log::warn!("{}: the connection ended: {error}", guest.name),
@@ -470,8 +509,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guests_have_names_of_their_own() {
-        let paths = ["/run/a.sock", "/run/b.sock", "/tmp/b.sock", "c"].map(PathBuf::from);
-        assert_eq!(names(&paths), ["a", "/run/b.sock", "/tmp/b.sock", "c"]);
+    fn a_guest_is_called_what_its_socket_is() {
+        let name = |path| GuestOptions::of_socket(PathBuf::from(path)).name;
+        assert_eq!(
+            ["/run/a.sock", "c", "/tmp/b.c.sock"].map(name),
+            ["a", "c", "b.c"]
+        );
     }
 }

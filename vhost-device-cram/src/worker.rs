@@ -235,7 +235,15 @@ mod tests {
             pin: Vec::new(),
         };
         let announcer = Arc::new(Announcer::default());
-        let guest = Guest::new("guest".into(), "/".into(), store, account, offer, announcer);
+        let guest = Guest::new(
+            "guest".into(),
+            "/".into(),
+            false,
+            store,
+            account,
+            offer,
+            announcer,
+        );
         Arc::new(Device::new(Arc::new(guest)).unwrap())
     }
 

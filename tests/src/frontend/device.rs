@@ -44,6 +44,8 @@ pub struct Options {
     pub request_queues: u16,
     /// Entries of each queue.
     pub queue_size: u16,
+    /// Which virtual machine it says that it is; the same one for all that do not care.
+    pub instance: Option<[u8; 16]>,
     /// Memory of the pretended guest.
     pub memory_bytes: u64,
     /// Tell the daemon of the memory region by region, as QEMU does, rather than in a table.
@@ -58,6 +60,7 @@ impl Default for Options {
             indirect: true,
             request_queues: 2,
             queue_size: 256,
+            instance: Some([7; 16]),
             memory_bytes: 16 << 20,
             memory_slots: true,
         }
@@ -211,6 +214,11 @@ impl Guest {
             queues >= rings.len() as u64,
             "the device has {queues} queues only"
         );
+
+        if let Some(instance) = options.instance {
+            let behind = u32::try_from(CONFIG_SIZE)?;
+            frontend.set_config(behind, VhostUserConfigFlags::WRITABLE, &instance)?;
+        }
 
         let (channel, theirs) = UnixStream::pair()?;
         frontend.set_backend_request_fd(&theirs)?;

@@ -9,6 +9,7 @@ mod ends;
 mod events;
 mod flow;
 mod hostile;
+mod instance;
 mod malformed;
 mod operations;
 mod pools;

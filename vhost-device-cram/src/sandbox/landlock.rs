@@ -37,7 +37,8 @@ pub struct Places(pub BTreeSet<PathBuf>);
 impl Places {
     /// What a daemon with these options needs.
     pub fn of(options: &Options) -> Self {
-        let sockets = options.sockets.iter().chain(&options.control_socket);
+        let sockets = options.guests.iter().map(|guest| &guest.socket);
+        let sockets = sockets.chain(&options.control_socket);
         Self(sockets.map(|path| directory_of(path)).collect())
     }
 }

@@ -9,13 +9,15 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use cram_abi::wire::feature;
+use cram_abi::wire::{CONFIG_SIZE, feature};
+use cram_store::StoreError;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::channel::Received;
 use super::memory::{Memory, MemoryError, REGIONS_MAX};
 use super::message::{Addresses, Message, Region, Reply};
 use super::notifier::{self, Notifier, NotifierError};
+use crate::client::{Instance, NO_INSTANCE};
 use crate::device::{Device, FEATURES, PROTOCOL_FEATURES_BIT};
 use crate::ring::Ring;
 
@@ -87,6 +89,12 @@ pub enum Refusal {
     /// What cannot wake anybody.
     #[error(transparent)]
     Notifier(#[from] NotifierError),
+    /// The cookie comes too late, is another one than before, or is none.
+    #[error("the front-end says too late, or twice, or wrongly, which virtual machine it has")]
+    Instance,
+    /// The pages of the virtual machine before cannot be dropped, and nobody else may have them.
+    #[error("whose pages these are cannot be settled: {0}")]
+    Store(#[from] StoreError),
     /// The guest's memory is gone.
     #[error("part of the guest's memory is gone")]
     MemoryGone,
@@ -101,6 +109,8 @@ pub struct Session<'a> {
     /// Virtio features in force, if there are any.
     features: Option<u64>,
     memory: Arc<Memory>,
+    /// Which virtual machine this is, once that is settled.
+    instance: Option<Option<Instance>>,
 }
 
 impl<'a> Session<'a> {
@@ -112,6 +122,7 @@ impl<'a> Session<'a> {
             protocol: 0,
             features: None,
             memory: Arc::new(Memory::default()),
+            instance: None,
         }
     }
 
@@ -156,6 +167,7 @@ impl<'a> Session<'a> {
             }
             Message::GetConfig(offset, length) => {
                 self.needs(protocol::CONFIG, "GET_CONFIG")?;
+                self.settle(None)?;
                 let bytes = self.device.read_config(offset, length);
                 return Ok(Some(Reply::Config(offset, bytes)));
             }
@@ -186,11 +198,7 @@ impl<'a> Session<'a> {
             Message::SetVringErr(ring, _) => self.set_error(ring, fds.next()),
             Message::SetVringEnable(ring, enable) => self.set_enabled(ring, enable),
             Message::SetBackendReqFd => self.set_channel(fds.next()),
-            Message::SetConfig(offset, bytes) => {
-                self.needs(protocol::CONFIG, "SET_CONFIG")?;
-                self.device.write_config(offset, &bytes);
-                Ok(())
-            }
+            Message::SetConfig(offset, bytes) => self.set_config(offset, &bytes),
             Message::ResetDevice => {
                 self.needs(protocol::RESET_DEVICE, "RESET_DEVICE")?;
                 self.reset();
@@ -205,6 +213,36 @@ impl<'a> Session<'a> {
             return Err(Refusal::NotNegotiated(message));
         }
         Ok(())
+    }
+
+    /// All that the guest sees of the configuration space is read-only: writes are ignored, as the
+    /// protocol says. Behind that lies what it does not see.
+    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Refusal> {
+        self.needs(protocol::CONFIG, "SET_CONFIG")?;
+        let offset = usize::try_from(offset).map_err(|_| Refusal::Instance)?;
+        let end = offset.checked_add(bytes.len()).ok_or(Refusal::Instance)?;
+        if end <= CONFIG_SIZE {
+            return Ok(());
+        }
+        let instance = bytes.try_into().map_err(|_| Refusal::Instance)?;
+        if offset != CONFIG_SIZE || instance == NO_INSTANCE {
+            return Err(Refusal::Instance);
+        }
+        self.settle(Some(instance))
+    }
+
+    /// Settles which virtual machine this is: what it says first counts, and that it says nothing
+    /// before it reads the configuration or starts a ring.
+    fn settle(&mut self, instance: Option<Instance>) -> Result<(), Refusal> {
+        match self.instance {
+            None => {
+                self.device.claim(instance)?;
+                self.instance = Some(instance);
+                Ok(())
+            }
+            Some(known) if instance.is_none() || known == instance => Ok(()),
+            Some(_) => Err(Refusal::Instance),
+        }
     }
 
     fn index(&self, ring: u32) -> Result<usize, Refusal> {
@@ -317,8 +355,9 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn set_kick(&self, ring: u32, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+    fn set_kick(&mut self, ring: u32, fd: Option<OwnedFd>) -> Result<(), Refusal> {
         let index = self.index(ring)?;
+        self.settle(None)?;
         let fd = fd.ok_or(Refusal::NoKick(ring))?;
         notifier::check(std::os::fd::AsFd::as_fd(&fd))?;
         Ok(self.device.start_ring(index, fd)?)
