@@ -15,9 +15,7 @@ use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use cram_store::Store;
-use guest::{
-    LOW_BYTES, POOLS, Place, RING, Write, empty, memory, regions, store, table_at, wipe,
-};
+use guest::{LOW_BYTES, POOLS, Place, RING, Write, empty, memory, regions, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::ftruncate;
@@ -169,7 +167,9 @@ impl Run {
 
     fn set_up(&mut self, queue: u16, descriptors: u64, available: u64, used: u64) {
         let queue = usize::from(queue);
-        let is_set = self.device.rings()[queue].lock().set_addresses(descriptors, available, used);
+        let is_set = self.device.rings()[queue]
+            .lock()
+            .set_addresses(descriptors, available, used);
         if is_set.is_ok() {
             let mut ring = self.device.rings()[queue].lock();
             ring.set_size(RING).unwrap();

@@ -70,28 +70,32 @@ impl Host {
     }
 }
 
-/// A whole message, if there is one, and how many bytes it has.
-fn receive(bytes: &[u8], fds: Vec<OwnedFd>) -> Option<(Received, usize)> {
+/// A whole message, if there is one.
+fn receive(bytes: &[u8], fds: Vec<OwnedFd>) -> Option<Received> {
     let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
     let header = Header::read(header).ok()?;
     let body = rest.get(..header.body)?;
     let message = Message::read(header.code, body).ok()?;
-    let received = Received {
+    Some(Received {
         header,
         message,
         fds,
-    };
-    Some((received, HEADER_BYTES + body.len()))
+    })
 }
 
 fuzz_target!(|input: Input| {
     HOST.with_borrow(|host| {
         let device = Device::new(Arc::clone(&host.guest)).unwrap();
         let mut session = Session::new(&device);
-        for message in input.messages.iter().take(MESSAGES_MAX) {
+        let count = input.messages.len().min(MESSAGES_MAX);
+        for (at, message) in input.messages.iter().take(count).enumerate() {
+            let mut bytes = message.bytes();
+            if at + 1 == count {
+                bytes.truncate(bytes.len() - usize::from(input.cut) % bytes.len());
+            }
             let fds = message.fds.iter().take(FDS_MAX);
             let fds = fds.map(|kind| host.descriptors[*kind as usize].try_clone().unwrap());
-            let Some((received, _)) = receive(&message.bytes(), fds.collect()) else {
+            let Some(received) = receive(&bytes, fds.collect()) else {
                 break;
             };
             let (answer, verdict) = session.handle(received);

@@ -171,4 +171,3 @@ pub fn descriptor(kind: Descriptor) -> OwnedFd {
         Descriptor::ReadOnly => File::open("/dev/zero").unwrap().into(),
     }
 }
-

@@ -135,14 +135,7 @@ fn header(op: u8, pool: u8, object: u8, count: u8) -> [u8; HEADER_SIZE] {
     bytes
 }
 
-fn descriptor(
-    memory: &Memory,
-    at: u64,
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-) {
+fn descriptor(memory: &Memory, at: u64, address: u64, len: u32, flags: u16, next: u16) {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&address.to_le_bytes());
     bytes[8..12].copy_from_slice(&len.to_le_bytes());
