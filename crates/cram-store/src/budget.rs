@@ -36,6 +36,9 @@ pub(crate) fn add_within(counter: &AtomicU64, bytes: u64, limit: u64) -> Option<
         .map(|before| before + bytes)
 }
 
+/// See [`Budget::keep_margin`].
+const MARGIN_BYTES_MAX: u64 = 16 << 10;
+
 /// The store's bytes. Invariant: `held_bytes <= capacity_bytes`, always.
 #[derive(Debug)]
 pub(crate) struct Budget {
@@ -43,6 +46,8 @@ pub(crate) struct Budget {
     /// Above this the arena takes no more spans; the rest is kept for the index, which must be
     /// able to grow when the data has taken everything else.
     arena_limit_bytes: u64,
+    /// Above this there is only what opening the arena again needs beyond what is there now.
+    limit_bytes: AtomicU64,
     held_bytes: AtomicU64,
     held_bytes_max: AtomicU64,
 }
@@ -52,9 +57,18 @@ impl Budget {
         Self {
             capacity_bytes,
             arena_limit_bytes: capacity_bytes - capacity_bytes / 64,
+            limit_bytes: AtomicU64::new(capacity_bytes),
             held_bytes: AtomicU64::new(0),
             held_bytes_max: AtomicU64::new(0),
         }
+    }
+
+    /// To be called when a store has been opened: from now on a little is kept for the next time.
+    /// While tables are made anew, one leaf of each thread stands beside a larger one.
+    pub(crate) fn keep_margin(&self) {
+        let margin = (self.capacity_bytes / 64).min(MARGIN_BYTES_MAX);
+        self.limit_bytes
+            .store(self.capacity_bytes - margin, Relaxed);
     }
 
     pub(crate) fn capacity_bytes(&self) -> u64 {
@@ -75,7 +89,7 @@ impl Budget {
 
     /// Reserves bytes for metadata, or says that there is no room.
     pub(crate) fn reserve(&self, bytes: u64) -> Result<(), Shortage> {
-        self.reserve_below(bytes, self.capacity_bytes)
+        self.reserve_below(bytes, self.limit_bytes.load(Relaxed))
     }
 
     /// Reserves bytes for a span of the arena, or says that there is no room.

@@ -88,8 +88,8 @@ impl Codec for Zstd {
 /// It belongs to no store or client, and keeps nothing between calls that could leak.
 pub struct Scratch {
     packed: Box<[u8]>,
-    /// For a page to compare with.
-    other: Box<Page>,
+    /// For a page to compare with, or to unpack before it is known whether it is wanted.
+    other: Option<Box<Page>>,
     lz4: Lz4,
     zstd: Zstd,
     head: usize,
@@ -108,7 +108,7 @@ impl Scratch {
         static NEXT_HEAD: AtomicUsize = AtomicUsize::new(0);
         Self {
             packed: vec![0; get_maximum_output_size(PAGE_SIZE)].into_boxed_slice(),
-            other: Box::new([0; PAGE_SIZE]),
+            other: Some(Box::new([0; PAGE_SIZE])),
             lz4: Lz4 {
                 table: CompressTable::small(),
             },
@@ -143,8 +143,22 @@ impl Scratch {
 
     /// Whether a payload stands for this very page.
     pub(crate) fn is_image_of(&mut self, payload: &[u8], is_zstd: bool, page: &Page) -> bool {
-        let other = &mut *self.other;
-        unpack(&mut self.lz4, &mut self.zstd, payload, is_zstd, other) && other == page
+        let mut other = self.take_other();
+        let is_page = unpack(&mut self.lz4, &mut self.zstd, payload, is_zstd, &mut other);
+        let is_image = is_page && *other == *page;
+        self.return_other(other);
+        is_image
+    }
+
+    /// The worker's own page, of whatever content, until [`Self::return_other`].
+    pub(crate) fn take_other(&mut self) -> Box<Page> {
+        self.other
+            .take()
+            .unwrap_or_else(|| Box::new([0; PAGE_SIZE]))
+    }
+
+    pub(crate) fn return_other(&mut self, other: Box<Page>) {
+        self.other = Some(other);
     }
 }
 

@@ -14,12 +14,12 @@
 //! "Log-structured Memory for DRAM-based Storage", FAST 2014), or beside the
 //! span that it comes from in a queue of ephemeral pages.
 
-use crate::arena::{Found, Kind, Layout, Place, Record, Role, SpanInfo, Trust, Urgency, now};
+use crate::arena::{Layout, Role, SpanInfo, Trust, now};
 use crate::budget::Shortage;
 use crate::core::{Core, Target};
 use crate::evict::Whose;
-use crate::index::Key;
 use crate::queue::{Class, Visit};
+use crate::replace::How;
 
 /// Dead bytes below this share of a span (as 1 / n) are not worth moving the rest.
 const WORTH: u32 = 16;
@@ -182,95 +182,15 @@ impl Core {
             _ if self.arena.spans().is_settled(victim.span) => Target::Cold,
             _ => Target::Log(self.aged_head(age)),
         };
+        let how = How::moved(target, Some(victim.born));
         let mut walk = self.arena.walk(victim.span, victim.filled);
         while let Some(found) = walk.next() {
-            let is_real = found.is_live && self.evacuate(&found, target, Some(victim.born))?;
+            let is_real = found.is_live && self.relocate(&found, found.header, how)?;
             if found.trust == Trust::Nothing {
                 walk.verified(&found, is_real);
             }
         }
         Ok(())
-    }
-
-    /// Moves a record, if whatever it belongs to still leads to it. Whether it did.
-    pub(crate) fn evacuate(
-        &self,
-        found: &Found,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<bool, Shortage> {
-        let header = found.header;
-        match header.kind {
-            Kind::Page | Kind::Alias => {
-                let Some(object) = self.objects.get(header.number) else {
-                    return Ok(false);
-                };
-                let Some(space) = self.space(object.space) else {
-                    return Ok(false);
-                };
-                let key = Key {
-                    object: object.id,
-                    index: header.index,
-                };
-                self.move_page(&space, &key, found.place, header, target, born)
-            }
-            Kind::Image => self.move_image(found, target, born),
-            Kind::Object => {
-                let copy = || self.copy(found, target, born);
-                let is_moved = self.objects.relocate(header.number, found.place, copy)?;
-                if is_moved {
-                    let _ = self.arena.kill(found.place);
-                }
-                Ok(is_moved)
-            }
-            Kind::Account | Kind::Space | Kind::Pool => {
-                let key = (header.kind, header.number, header.index);
-                let mut catalogue = self.catalogue.lock();
-                let Some(slot) = catalogue.slot(&key, found.place) else {
-                    return Ok(false);
-                };
-                *slot = Some(self.copy(found, target, born)?);
-                let _ = self.arena.kill(found.place);
-                Ok(true)
-            }
-        }
-    }
-
-    fn move_image(
-        &self,
-        found: &Found,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<bool, Shortage> {
-        let header = found.header;
-        let domain = u16::try_from(header.number).ok();
-        let Some(domain) = domain.and_then(|number| self.domain(number)) else {
-            return Ok(false);
-        };
-        let mut images = domain.images.lock();
-        if images.place(header.index) != Ok(found.place) {
-            return Ok(false);
-        }
-        let to = self.copy(found, target, born)?;
-        images.relocate(header.index, found.place, to);
-        self.note_twin(Some(&domain), &header, to);
-        let _ = self.arena.kill(found.place);
-        Ok(true)
-    }
-
-    /// Appends a copy of a record. The lock that its life hangs on is held.
-    fn copy(
-        &self,
-        found: &Found,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<Place, Shortage> {
-        let pin = self.arena.pin(found.place);
-        let record = Record {
-            header: found.header,
-            payload: pin.payload(found.place, &found.header),
-        };
-        self.append(target, record, born, Urgency::Making)
     }
 }
 

@@ -195,6 +195,14 @@ impl Core {
         }
     }
 
+    /// Everything that was in the arena has been entered.
+    pub(crate) fn recovered(&self) {
+        self.budget.keep_margin();
+        if self.all_spaces().iter().any(|space| space.is_evictable()) {
+            self.make_ghosts();
+        }
+    }
+
     /// To be called, with no lock held, after pages were taken out: gives spans back to the host when
     /// too many are free, or has the background thread do so.
     pub(crate) fn relieve(&self) {
@@ -399,9 +407,6 @@ impl Core {
 
     /// At recovery: enters a space under its number.
     pub(crate) fn adopt_space(&self, space: Arc<Space>) {
-        if space.is_evictable() {
-            self.make_ghosts();
-        }
         let mut spaces = self.spaces.write();
         let at = space.number as usize;
         if spaces.len() <= at {

@@ -174,24 +174,26 @@ impl Images {
         freed
     }
 
-    /// As [`Self::growth`], at recovery, to have room for this number.
-    pub(crate) fn growth_to(&self, number: u32) -> Option<(usize, u64)> {
-        let needed = number as usize + 1;
-        if needed <= self.table.capacity() {
-            return None;
-        }
-        let capacity = needed + needed / 4;
-        Some((capacity, Self::bytes(capacity)))
+    /// At recovery, while it is empty: room for exactly so many numbers. What it then takes.
+    pub(crate) fn bytes_for(numbers: u32) -> u64 {
+        Self::bytes(numbers as usize)
     }
 
-    /// At recovery: the entry of a number, empty if there was none. The table has room for it.
-    fn entry(&mut self, number: u32) -> Option<&mut Image> {
-        while self.table.len() <= number as usize {
-            self.table.push(Image {
-                place: NONE,
-                refs: 0,
-            });
+    /// At recovery: makes that room; false when the host has no memory.
+    pub(crate) fn make_room_for(&mut self, numbers: u32) -> bool {
+        if !self.grow(numbers as usize) {
+            return false;
         }
+        let empty = Image {
+            place: NONE,
+            refs: 0,
+        };
+        self.table.resize(numbers as usize, empty);
+        true
+    }
+
+    /// At recovery: the entry of a number.
+    fn entry(&mut self, number: u32) -> Option<&mut Image> {
         self.table.get_mut(number as usize)
     }
 
@@ -206,7 +208,8 @@ impl Images {
         }
     }
 
-    /// At recovery: a page that needs an image, whether that was found already or not.
+    /// At recovery: a page that needs an image, whether that was entered already or not. False when
+    /// no image has such a number.
     pub(crate) fn adopt_ref(&mut self, number: u32) -> bool {
         match self.entry(number) {
             Some(image) => {

@@ -10,10 +10,11 @@
 use std::sync::Arc;
 
 use crate::account::{Account, Holder};
-use crate::arena::{Found, Header, Kind, Place, Record, Role, SpanInfo, Trust, Urgency};
+use crate::arena::{Found, Header, Kind, Role, SpanInfo, Trust};
 use crate::core::{Core, Target};
 use crate::index::Key;
 use crate::queue::{Class, Visit};
+use crate::replace::How;
 use crate::space::Space;
 use crate::stats::Event;
 use crate::sync::atomic::Ordering::Relaxed;
@@ -232,7 +233,7 @@ impl Core {
             return;
         }
         let is_spared = found.header.is_used && !sweep.is_forced;
-        if is_spared && self.prove(&space, &key, found) {
+        if is_spared && self.prove(&space, found) {
             return;
         }
         if !space.remove(self, &key, |place| place == found.place) {
@@ -252,40 +253,13 @@ impl Core {
     }
 
     /// Moves a page that was used to the proven ones. False when there is no room.
-    fn prove(&self, space: &Space, key: &Key, found: &Found) -> bool {
+    fn prove(&self, space: &Space, found: &Found) -> bool {
         let header = Header {
             is_used: false,
             ..found.header
         };
         let target = Target::Queue(&space.payer.queue, Class::Proven);
-        self.move_page(space, key, found.place, header, target, None)
+        self.relocate(found, header, How::moved(target, None))
             .is_ok()
-    }
-
-    /// Copies a page's record elsewhere, if it is still where it was found.
-    pub(crate) fn move_page(
-        &self,
-        space: &Space,
-        key: &Key,
-        from: Place,
-        header: Header,
-        target: Target<'_>,
-        born: Option<u64>,
-    ) -> Result<bool, crate::budget::Shortage> {
-        let pin = self.arena.pin(from);
-        let (shard, hash) = space.find(key.object, key.region());
-        let mut index = shard.lock();
-        if index.get(hash, key) != Some(from) {
-            return Ok(false);
-        }
-        let record = Record {
-            header,
-            payload: pin.payload(from, &header),
-        };
-        let to = self.append(target, record, born, Urgency::Making)?;
-        index.relocate(hash, key, from, to);
-        self.note_twin(space.domain.as_deref(), &header, to);
-        let _ = self.arena.kill(from);
-        Ok(true)
     }
 }

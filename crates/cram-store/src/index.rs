@@ -26,7 +26,8 @@ use crate::arena::Place;
 use crate::budget::{Budget, Shortage};
 use crate::leaf::{Leaf, NONE, PAGES_PER_LEAF};
 use crate::tables::{
-    grow_table, leaves_bytes, resize_leaves, resize_slots, shrink_table, table_bytes,
+    grow_table, leaves_bytes, reserve_leaves, reserve_table, resize_leaves, resize_slots,
+    shrink_table, table_bytes,
 };
 
 /// A page's name inside its pool.
@@ -201,6 +202,19 @@ impl Index {
     /// The page does not come after all.
     pub(crate) fn cancel(&mut self, prepared: Prepared, numbers: &impl Numbers, budget: &Budget) {
         self.tidy_leaf(prepared.leaf, numbers, budget);
+    }
+
+    /// At recovery, while it is empty: room for exactly so many leaves and objects.
+    pub(crate) fn reserve_exact(
+        &mut self,
+        leaves: usize,
+        objects: usize,
+        budget: &Budget,
+    ) -> Result<(), Shortage> {
+        let bytes = &mut self.bytes;
+        reserve_leaves(&mut self.leaves, leaves, bytes, budget)?;
+        reserve_table(&mut self.by_key, leaves, bytes, budget)?;
+        reserve_table(&mut self.objects, objects, bytes, budget)
     }
 
     /// Adds a leaf with room for a page, and links it. On a shortage no leaf was.

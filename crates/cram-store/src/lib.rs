@@ -64,6 +64,7 @@ mod prefetch;
 mod queue;
 mod recompress;
 mod recover;
+mod replace;
 mod settings;
 mod share;
 mod space;

@@ -147,10 +147,18 @@ fn run(core: &Core, background: Background) {
     while !core.waker.sleep(round.work(core)) {}
 }
 
+/// How long to rest after so much work, so that it is `cpu_percent` of the time.
+fn rest_after(worked: Duration, cpu_percent: u32) -> Duration {
+    let share = cpu_percent.clamp(1, 100);
+    worked * (100 - share) / share
+}
+
 /// What the thread remembers from one round to the next.
 struct Round {
     background: Background,
     repacker: Repacker,
+    /// Before that, its share of the processor is used up.
+    rested_at: Instant,
     seen: Instant,
     operations: u64,
     is_idle: bool,
@@ -161,6 +169,7 @@ impl Round {
         Self {
             background,
             repacker: Repacker::new(),
+            rested_at: Instant::now(),
             seen: Instant::now(),
             operations: 0,
             is_idle: false,
@@ -173,12 +182,17 @@ impl Round {
         self.make_ready(core, opened);
         self.watch(core);
         let began = Instant::now();
-        if !self.tidy(core) {
-            return REST;
+        // It may have been woken for the spans above.
+        let debt = self.rested_at.saturating_duration_since(began);
+        if !debt.is_zero() {
+            return debt;
         }
-        // What was worked, the share allows; the rest is slept.
-        let share = self.background.cpu_percent.clamp(1, 100);
-        began.elapsed() * (100 - share) / share
+        let is_more = self.tidy(core);
+        // What was worked (to look whether there is work is some, too), the share allows; the rest
+        // is slept.
+        let rest = rest_after(began.elapsed(), self.background.cpu_percent);
+        self.rested_at = Instant::now() + rest;
+        if is_more { rest } else { rest.max(REST) }
     }
 
     /// Has spans ready while puts come in, and gives back what is too many.
@@ -238,5 +252,59 @@ impl Core {
             filled += u64::from(info.filled);
         }
         dead > 2 * u64::from(layout.span_granules()) && dead > filled / DEAD_SHARE
+    }
+}
+
+#[cfg(all(test, not(loom), not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::{
+        ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store, StoreConfig,
+    };
+
+    /// Spans that are opened wake the thread all the time: that must not make its share larger.
+    #[test]
+    fn who_is_woken_early_works_no_more_than_its_share() {
+        let store = Store::new(StoreConfig {
+            capacity_bytes: 16 << 20,
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let client = store.add_client("a", None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let (pool, mut scratch) = (client.pool(PoolId(0)).unwrap(), Scratch::new());
+        let (mut page, mut state) = ([0; PAGE_SIZE], 0_u64);
+        for index in 0..5000_u32 {
+            for word in page[..2048].as_chunks_mut::<8>().0 {
+                state = crate::arena::mix(state.wrapping_add(1));
+                *word = state.to_le_bytes();
+            }
+            let put = pool.put(ObjectId([0; 3]), index, &page, &mut scratch);
+            assert_eq!(put, PutResult::Stored);
+        }
+        for index in (0..5000).step_by(2) {
+            pool.flush_page(ObjectId([0; 3]), index, 1);
+        }
+        let core = &store.core;
+        assert!(core.is_worth_compacting());
+        let mut round = Round::new(Background {
+            cpu_percent: 1,
+            cold_after: None,
+        });
+        let began = Instant::now();
+        let rest = round.work(core);
+        let worked = began.elapsed();
+        assert!(rest > Duration::ZERO && rest <= worked * 99);
+        // As often as it is woken before that time is over, it does nothing.
+        let held = core.arena.spans().in_use().count();
+        while began.elapsed() < rest / 2 {
+            assert!(round.work(core) > Duration::ZERO);
+            assert_eq!(core.arena.spans().in_use().count(), held);
+        }
     }
 }

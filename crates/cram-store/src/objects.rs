@@ -15,8 +15,8 @@
 use crate::ObjectId;
 use crate::arena::{NUMBERS, Place};
 use crate::budget::{Budget, Shortage, malloc_bytes};
-use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::{RwLock, RwLockWriteGuard};
 
 /// What a number stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub(crate) struct Object {
 
 /// No number: ends a list.
 const NONE: u32 = u32::MAX;
+/// Entries of a chunk.
+const CHUNK: u32 = 32;
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
@@ -36,16 +38,43 @@ struct Entry {
     /// Its records.
     copies: [Option<Place>; 2],
     /// The number under which the next owner has the object in this shard; among free entries the
-    /// next free one.
+    /// next free one of the chunk.
     next: u32,
     is_free: bool,
 }
 
-#[derive(Default)]
-struct Table {
+/// Entries of [`CHUNK`] consecutive numbers.
+#[derive(Debug)]
+struct Chunk {
+    /// None at all while no number of it is in use.
     entries: Vec<Entry>,
-    first_free: Option<u32>,
     used: u32,
+    first_free: u32,
+    /// The next chunk that may have room, if this one is in that list.
+    next_open: u32,
+    is_open: bool,
+}
+
+/// In chunks, so that it grows without what is there being copied (everybody waits meanwhile), and
+/// shrinks when one of many clients goes.
+struct Table {
+    chunks: Vec<Chunk>,
+    /// The list of chunks that may have room.
+    first_open: u32,
+    used: u32,
+    /// Bytes of it all.
+    bytes: u64,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            chunks: Vec::new(),
+            first_open: NONE,
+            used: 0,
+            bytes: 0,
+        }
+    }
 }
 
 /// See the module's text.
@@ -55,8 +84,169 @@ pub(crate) struct Objects {
     bytes: AtomicU64,
 }
 
-fn table_bytes(capacity: usize) -> u64 {
-    malloc_bytes(capacity * size_of::<Entry>())
+/// See [`Objects::lock`].
+pub(crate) struct LockedObjects<'a>(RwLockWriteGuard<'a, Table>);
+
+impl LockedObjects<'_> {
+    /// What says that a record of the object is at `place`.
+    pub(crate) fn copy_of(&mut self, number: u32, place: Place) -> Option<&mut Option<Place>> {
+        let entry = self.0.entry_mut(number)?;
+        let copies = &mut entry.copies;
+        copies
+            .iter_mut()
+            .find(|copy| **copy == Some(place))
+            .filter(|_| !entry.is_free)
+    }
+}
+
+fn chunks_bytes(capacity: usize) -> u64 {
+    malloc_bytes(capacity * size_of::<Chunk>())
+}
+
+fn chunk_bytes() -> u64 {
+    malloc_bytes(CHUNK as usize * size_of::<Entry>())
+}
+
+impl Table {
+    fn entry(&self, number: u32) -> Option<&Entry> {
+        let chunk = self.chunks.get((number / CHUNK) as usize)?;
+        chunk.entries.get((number % CHUNK) as usize)
+    }
+
+    fn entry_mut(&mut self, number: u32) -> Option<&mut Entry> {
+        let chunk = self.chunks.get_mut((number / CHUNK) as usize)?;
+        chunk.entries.get_mut((number % CHUNK) as usize)
+    }
+
+    /// One more chunk, without entries yet, at the head of the list of those that have room.
+    fn add_chunk(&mut self, budget: &Budget) -> Result<(), Shortage> {
+        let at = u32::try_from(self.chunks.len())
+            .ok()
+            .filter(|at| *at < NUMBERS / CHUNK)
+            .ok_or(Shortage::Store)?;
+        if self.chunks.len() == self.chunks.capacity() {
+            let more = (self.chunks.len() / 4).max(4);
+            let (old, new) = (
+                chunks_bytes(self.chunks.capacity()),
+                chunks_bytes(self.chunks.len() + more),
+            );
+            budget.reserve(new)?;
+            if self.chunks.try_reserve_exact(more).is_err() {
+                budget.release(new);
+                return Err(Shortage::Store);
+            }
+            budget.release(old);
+            self.bytes += new - old;
+        }
+        self.chunks.push(Chunk {
+            entries: Vec::new(),
+            used: 0,
+            first_free: NONE,
+            next_open: self.first_open,
+            is_open: true,
+        });
+        self.first_open = at;
+        Ok(())
+    }
+
+    /// Gives a chunk its entries, all free, if it has none.
+    fn furnish(&mut self, at: u32, budget: &Budget) -> Result<(), Shortage> {
+        let Some(chunk) = self.chunks.get_mut(at as usize) else {
+            return Err(Shortage::Store);
+        };
+        if !chunk.entries.is_empty() {
+            return Ok(());
+        }
+        budget.reserve(chunk_bytes())?;
+        if chunk.entries.try_reserve_exact(CHUNK as usize).is_err() {
+            budget.release(chunk_bytes());
+            return Err(Shortage::Store);
+        }
+        self.bytes += chunk_bytes();
+        chunk.entries.extend((1..=CHUNK).map(|next| Entry {
+            object: Object {
+                space: 0,
+                owner: 0,
+                id: ObjectId([0; 3]),
+            },
+            copies: [None; 2],
+            next: if next < CHUNK { next } else { NONE },
+            is_free: true,
+        }));
+        chunk.first_free = 0;
+        Ok(())
+    }
+
+    /// A number that is free. It stays so until [`Self::occupy`].
+    fn free_number(&mut self, budget: &Budget) -> Result<u32, Shortage> {
+        loop {
+            let at = self.first_open;
+            if at == NONE {
+                self.add_chunk(budget)?;
+                continue;
+            }
+            self.furnish(at, budget)?;
+            let chunk = self.chunks.get_mut(at as usize).ok_or(Shortage::Store)?;
+            if chunk.first_free != NONE {
+                return Ok(at * CHUNK + chunk.first_free);
+            }
+            chunk.is_open = false;
+            self.first_open = chunk.next_open;
+        }
+    }
+
+    /// Enters an object under the number that [`Self::free_number`] said.
+    fn occupy(&mut self, number: u32, entry: Entry) {
+        if let Some(chunk) = self.chunks.get_mut((number / CHUNK) as usize)
+            && let Some(free) = chunk.entries.get_mut((number % CHUNK) as usize)
+        {
+            chunk.first_free = free.next;
+            *free = entry;
+            chunk.used += 1;
+            self.used += 1;
+        }
+    }
+
+    /// Takes a number back. The next owner's, and the places of its records.
+    fn vacate(&mut self, number: u32, budget: &Budget) -> Option<(u32, [Option<Place>; 2])> {
+        let at = number / CHUNK;
+        let chunk = self.chunks.get_mut(at as usize)?;
+        let entry = chunk.entries.get_mut((number % CHUNK) as usize)?;
+        if entry.is_free {
+            return None;
+        }
+        entry.is_free = true;
+        let next = std::mem::replace(&mut entry.next, chunk.first_free);
+        let copies = std::mem::take(&mut entry.copies);
+        chunk.first_free = number % CHUNK;
+        chunk.used -= 1;
+        self.used -= 1;
+        if !chunk.is_open {
+            chunk.is_open = true;
+            chunk.next_open = self.first_open;
+            self.first_open = at;
+        }
+        self.tidy(at, budget);
+        Some((next, copies))
+    }
+
+    /// Gives the memory of a chunk back when nothing in it is used; and that of all, when nothing is.
+    fn tidy(&mut self, at: u32, budget: &Budget) {
+        if let Some(chunk) = self.chunks.get_mut(at as usize)
+            && chunk.used == 0
+            && !chunk.entries.is_empty()
+        {
+            chunk.entries = Vec::new();
+            chunk.first_free = NONE;
+            self.bytes -= chunk_bytes();
+            budget.release(chunk_bytes());
+        }
+        if self.used == 0 {
+            let freed = self.bytes;
+            *self = Self::default();
+            budget.release(freed);
+        }
+    }
 }
 
 impl Objects {
@@ -65,9 +255,14 @@ impl Objects {
         self.bytes.load(Relaxed)
     }
 
+    /// To be called before the lock is let go, whenever the table has grown or shrunk.
+    fn publish(&self, table: &Table) {
+        self.bytes.store(table.bytes, Relaxed);
+    }
+
     pub(crate) fn get(&self, number: u32) -> Option<Object> {
         let table = self.table.read();
-        let entry = table.entries.get(number as usize)?;
+        let entry = table.entry(number)?;
         (!entry.is_free).then_some(entry.object)
     }
 
@@ -89,51 +284,19 @@ impl Objects {
         budget: &Budget,
         write: impl FnOnce(u32) -> Result<[Option<Place>; 2], Shortage>,
     ) -> Result<u32, Shortage> {
-        let number = match table.first_free {
-            Some(number) => number,
-            None => {
-                self.grow(table, budget)?;
-                u32::try_from(table.entries.len())
-                    .ok()
-                    .filter(|number| *number < NUMBERS)
-                    .ok_or(Shortage::Store)?
-            }
-        };
-        let entry = Entry {
-            object,
-            copies: write(number)?,
-            next: NONE,
-            is_free: false,
-        };
-        match table.entries.get_mut(number as usize) {
-            Some(free) => {
-                table.first_free = (free.next != NONE).then_some(free.next);
-                *free = entry;
-            }
-            None => table.entries.push(entry),
-        }
-        table.used += 1;
-        Ok(number)
-    }
-
-    /// Room for one more entry.
-    fn grow(&self, table: &mut Table, budget: &Budget) -> Result<(), Shortage> {
-        if table.entries.len() < table.entries.capacity() {
-            return Ok(());
-        }
-        let capacity = table.entries.len() + (table.entries.len() / 4).max(16);
-        let (old, new) = (table_bytes(table.entries.capacity()), table_bytes(capacity));
-        budget.reserve(new)?;
-        let mut moved = Vec::new();
-        if moved.try_reserve_exact(capacity).is_err() {
-            budget.release(new);
-            return Err(Shortage::Store);
-        }
-        moved.append(&mut table.entries);
-        table.entries = moved;
-        budget.release(old);
-        self.bytes.store(new, Relaxed);
-        Ok(())
+        let number = table.free_number(budget);
+        let assigned = number.and_then(|number| {
+            let entry = Entry {
+                object,
+                copies: write(number).inspect_err(|_| table.tidy(number / CHUNK, budget))?,
+                next: NONE,
+                is_free: false,
+            };
+            table.occupy(number, entry);
+            Ok(number)
+        });
+        self.publish(table);
+        assigned
     }
 
     /// The number under which `owner` has the same object as `first` stands for, given now if it
@@ -147,7 +310,7 @@ impl Objects {
     ) -> Result<u32, Shortage> {
         let find = |table: &Table| {
             let (mut number, mut last) = (first, None);
-            while let Some(entry) = table.entries.get(number as usize) {
+            while let Some(entry) = table.entry(number) {
                 if entry.object.owner == owner {
                     return Ok(number);
                 }
@@ -166,12 +329,11 @@ impl Objects {
         let object = Object { owner, ..object };
         let number = self.assign_in(&mut table, object, budget, |number| write(number, object))?;
         // Right behind the first.
-        let entries = &mut table.entries;
-        let next = entries.get(first as usize).map_or(NONE, |entry| entry.next);
-        if let Some(entry) = entries.get_mut(number as usize) {
+        let next = table.entry(first).map_or(NONE, |entry| entry.next);
+        if let Some(entry) = table.entry_mut(number) {
             entry.next = next;
         }
-        if let Some(entry) = entries.get_mut(first as usize) {
+        if let Some(entry) = table.entry_mut(first) {
             entry.next = number;
         }
         Ok(number)
@@ -182,49 +344,16 @@ impl Objects {
     pub(crate) fn withdraw(&self, first: u32, budget: &Budget, mut gone: impl FnMut(Place)) {
         let mut table = self.table.write();
         let mut number = first;
-        loop {
-            let first_free = table.first_free;
-            let Some(entry) = table.entries.get_mut(number as usize) else {
-                break;
-            };
-            if entry.is_free {
-                break;
-            }
-            entry.copies.iter().flatten().copied().for_each(&mut gone);
-            entry.is_free = true;
-            let next = std::mem::replace(&mut entry.next, first_free.unwrap_or(NONE));
-            table.first_free = Some(number);
-            table.used -= 1;
+        while let Some((next, copies)) = table.vacate(number, budget) {
+            copies.into_iter().flatten().for_each(&mut gone);
             number = next;
         }
-        if table.used == 0 {
-            let freed = table_bytes(table.entries.capacity());
-            *table = Table::default();
-            budget.release(freed);
-            self.bytes.store(0, Relaxed);
-        }
+        self.publish(&table);
     }
 
-    /// Compaction has come by a record of an object: calls `copy` if it is in use, and keeps the
-    /// place that it returns instead.
-    pub(crate) fn relocate<E>(
-        &self,
-        number: u32,
-        from: Place,
-        copy: impl FnOnce() -> Result<Place, E>,
-    ) -> Result<bool, E> {
-        let mut table = self.table.write();
-        let entry = table.entries.get_mut(number as usize);
-        let slot = entry
-            .filter(|entry| !entry.is_free)
-            .and_then(|entry| entry.copies.iter_mut().find(|place| **place == Some(from)));
-        match slot {
-            None => Ok(false),
-            Some(slot) => {
-                *slot = Some(copy()?);
-                Ok(true)
-            }
-        }
+    /// Keeps all numbers whose they are.
+    pub(crate) fn lock(&self) -> LockedObjects<'_> {
+        LockedObjects(self.table.write())
     }
 
     /// At recovery: enters an object under its number, or a second record of one that is there.
@@ -237,23 +366,24 @@ impl Objects {
         budget: &Budget,
     ) -> Result<bool, Shortage> {
         let mut table = self.table.write();
-        while table.entries.len() <= number as usize {
-            self.grow(&mut table, budget)?;
-            table.entries.push(Entry {
-                object,
-                copies: [None; 2],
-                next: NONE,
-                is_free: true,
-            });
+        let at = number / CHUNK;
+        let mut made = Ok(());
+        while made.is_ok() && table.chunks.len() <= at as usize {
+            made = table.add_chunk(budget);
         }
-        let Some(entry) = table.entries.get_mut(number as usize) else {
+        made = made.and_then(|()| table.furnish(at, budget));
+        self.publish(&table);
+        made?;
+        let Some(entry) = table.entry_mut(number) else {
             return Ok(false);
         };
         if entry.is_free {
-            entry.object = object;
-            entry.copies = [Some(place), None];
-            entry.is_free = false;
-            table.used += 1;
+            *entry = Entry {
+                object,
+                copies: [Some(place), None],
+                next: NONE,
+                is_free: false,
+            };
             return Ok(true);
         }
         let is_second = entry.object == object && entry.copies[1].is_none();
@@ -267,11 +397,8 @@ impl Objects {
     /// shard. False when it is another object's.
     pub(crate) fn join(&self, first: u32, number: u32) -> bool {
         let mut table = self.table.write();
-        let entries = &mut table.entries;
-        let (Some(one), Some(other)) = (
-            entries.get(first as usize).copied(),
-            entries.get(number as usize).copied(),
-        ) else {
+        let (Some(one), Some(other)) = (table.entry(first).copied(), table.entry(number).copied())
+        else {
             return false;
         };
         let is_same = (one.object.space, one.object.id) == (other.object.space, other.object.id);
@@ -279,26 +406,26 @@ impl Objects {
             return false;
         }
         let (mut at, mut steps) = (first, 0);
-        while let Some(entry) = entries.get(at as usize) {
+        while let Some(entry) = table.entry(at) {
             if at == number {
                 return true;
             }
             // An owner has an object under one number only.
-            if entry.object.owner == other.object.owner || steps > entries.len() {
+            if entry.object.owner == other.object.owner || steps > NUMBERS {
                 return false;
             }
             (at, steps) = (entry.next, steps + 1);
         }
-        if let Some(entry) = entries.get_mut(number as usize) {
+        if let Some(entry) = table.entry_mut(number) {
             entry.next = one.next;
         }
-        if let Some(entry) = entries.get_mut(first as usize) {
+        if let Some(entry) = table.entry_mut(first) {
             entry.next = number;
         }
         true
     }
 
-    /// At recovery, when all are entered: makes the list of free numbers, and takes back those that
+    /// At recovery, when all are entered: makes the lists of free numbers, and takes back those that
     /// `is_wanted` is false of. Their records are handed to `gone`.
     pub(crate) fn settle(
         &self,
@@ -307,39 +434,44 @@ impl Objects {
         mut gone: impl FnMut(Place),
     ) {
         let mut table = self.table.write();
-        table.first_free = None;
-        for number in (0..u32::try_from(table.entries.len()).unwrap_or(0)).rev() {
-            let first_free = table.first_free;
-            let Some(entry) = table.entries.get_mut(number as usize) else {
+        table.first_open = NONE;
+        table.used = 0;
+        for at in (0..u32::try_from(table.chunks.len()).unwrap_or(0)).rev() {
+            let first_open = table.first_open;
+            let Some(chunk) = table.chunks.get_mut(at as usize) else {
                 continue;
             };
-            let is_used = !entry.is_free && is_wanted(number);
-            if is_used {
-                continue;
-            }
-            if !entry.is_free {
-                entry.copies.iter().flatten().copied().for_each(&mut gone);
+            (chunk.used, chunk.first_free) = (0, NONE);
+            for (offset, entry) in (0..CHUNK).zip(&mut chunk.entries).rev() {
+                if !entry.is_free && is_wanted(at * CHUNK + offset) {
+                    chunk.used += 1;
+                    continue;
+                }
+                entry
+                    .copies
+                    .iter_mut()
+                    .filter_map(Option::take)
+                    .for_each(&mut gone);
                 entry.is_free = true;
-                table.used -= 1;
+                entry.next = chunk.first_free;
+                chunk.first_free = offset;
             }
-            if let Some(entry) = table.entries.get_mut(number as usize) {
-                entry.next = first_free.unwrap_or(NONE);
-            }
-            table.first_free = Some(number);
+            (chunk.is_open, chunk.next_open) = (true, first_open);
+            table.used += chunk.used;
+            table.first_open = at;
         }
-        if table.used == 0 {
-            let freed = table_bytes(table.entries.capacity());
-            *table = Table::default();
-            budget.release(freed);
-            self.bytes.store(0, Relaxed);
+        for at in 0..u32::try_from(table.chunks.len()).unwrap_or(0) {
+            table.tidy(at, budget);
         }
+        self.publish(&table);
     }
 
     /// Every number in use, with its records, for checks.
     pub(crate) fn all(&self) -> Vec<(u32, Object, Vec<Place>)> {
         let table = self.table.read();
-        (0..)
-            .zip(&table.entries)
+        let entries = table.chunks.iter().zip((0..).step_by(CHUNK as usize));
+        entries
+            .flat_map(|(chunk, first)| (first..).zip(&chunk.entries))
             .filter(|(_, entry)| !entry.is_free)
             .map(|(number, entry)| {
                 let copies = entry.copies.iter().flatten().copied().collect();
@@ -394,5 +526,28 @@ mod tests {
             objects.withdraw(number, &budget, |_| ());
         }
         assert_eq!((budget.held_bytes(), objects.held_bytes()), (0, 0));
+    }
+
+    #[test]
+    fn the_table_shrinks_when_one_of_many_clients_goes() {
+        let (objects, budget) = (Objects::default(), Budget::new(16 << 20));
+        let place = |number: u32| Ok([Some(Place(number + 1)), None]);
+        let numbers: Vec<_> = (0..20_000)
+            .map(|id| objects.assign(object(id, 0), &budget, place).unwrap())
+            .collect();
+        let full = objects.held_bytes();
+        assert_eq!(budget.held_bytes(), full);
+        // All but one in a thousand.
+        for number in numbers.iter().filter(|number| *number % 1000 != 0) {
+            objects.withdraw(*number, &budget, |_| ());
+        }
+        assert_eq!(budget.held_bytes(), objects.held_bytes());
+        assert!(objects.held_bytes() < full / 10, "{}", objects.held_bytes());
+        assert_eq!(objects.all().len(), 20);
+        for id in 0..19_980 {
+            objects.assign(object(id, 1), &budget, place).unwrap();
+        }
+        assert_eq!(objects.held_bytes(), full);
+        assert_eq!(objects.all().len(), 20_000);
     }
 }

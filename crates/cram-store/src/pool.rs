@@ -191,7 +191,7 @@ impl Pool {
             .space
             .domain
             .as_ref()
-            .filter(|_| core.shares_equal_pages);
+            .filter(|_| core.shares_equal_pages && !self.space.is_evictable());
         if let Some(domain) = domain {
             core.twins.prefetch(domain.number(), content);
         }
@@ -203,6 +203,7 @@ impl Pool {
                 key,
                 content,
                 worker,
+                refuses_incompressible: self.spec.refuse_incompressible,
                 is_left: &self.is_left,
             };
             if core.put_as_twin(&putting, page, scratch) {
@@ -302,20 +303,31 @@ impl Pool {
                 Lookup::Damaged => return GetResult::Corrupt,
                 Lookup::Held(held) => held,
             };
-            if !self.unpack(key, &held, page, scratch) {
+            if !is_exclusive {
+                return if self.unpack(key, &held, page, scratch) {
+                    GetResult::Found
+                } else {
+                    GetResult::Corrupt
+                };
+            }
+            // Into the worker's own memory first: who comes too late leaves the caller's alone.
+            let mut own = scratch.take_other();
+            let is_whole = self.unpack(key, &held, &mut own, scratch);
+            // Pinned as it is, the place cannot have become another page's meanwhile.
+            let is_mine = is_whole && self.space.remove(&self.core, key, |now| now == held.place);
+            if is_mine {
+                page.copy_from_slice(&own[..]);
+            }
+            scratch.return_other(own);
+            if !is_whole {
                 return GetResult::Corrupt;
             }
-            if !is_exclusive {
-                return GetResult::Found;
-            }
-            // Pinned as it is, the place cannot have become another page's meanwhile.
-            if self.space.remove(&self.core, key, |now| now == held.place) {
+            if is_mine {
                 if let Some(ghosts) = self.core.ghosts() {
                     ghosts.remember(self.space.ghost_hash(key));
                 }
                 return GetResult::Found;
             }
-            page.fill(0);
         }
         // Others change this page all the time. It may be evicted at any moment, so also now: then
         // it is missing, and stays so.

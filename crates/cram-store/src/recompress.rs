@@ -11,14 +11,12 @@ use std::time::Duration;
 
 use crate::PAGE_SIZE;
 use crate::Page;
-use crate::arena::{Found, Header, Kind, Record, Role, SpanInfo, Trust, Urgency, now};
+use crate::arena::{Found, Header, Kind, Role, SpanInfo, Trust, now};
 use crate::budget::Shortage;
 use crate::codec::{Scratch, is_filled};
 use crate::core::{Core, Target};
-use crate::domain::Domain;
-use crate::index::Key;
 use crate::queue::Visit;
-use crate::space::Space;
+use crate::replace::How;
 
 /// A new image must be smaller by this share of the old one (as 1 / n).
 const WORTH: usize = 16;
@@ -137,7 +135,7 @@ impl Core {
                 ..header
             };
             let warm = Target::Log(self.aged_head(0));
-            self.evacuate(&Found { header, ..*found }, warm, Some(now()))?;
+            self.relocate(found, header, How::moved(warm, Some(now())))?;
             return Ok(());
         }
         let is_worth_trying = matches!(header.kind, Kind::Page | Kind::Image)
@@ -150,12 +148,16 @@ impl Core {
                 is_zstd: true,
                 ..header
             };
-            let replaced = self.replace(found, new, &image, born);
+            let how = How {
+                born: Some(born),
+                ..How::put(Target::Cold)
+            };
+            let replaced = self.replace_found(found, new, || &image, how);
             repacker.image = image;
             replaced?;
             return Ok(());
         }
-        self.evacuate(found, Target::Cold, Some(born))?;
+        self.relocate(found, header, How::moved(Target::Cold, Some(born)))?;
         Ok(())
     }
 
@@ -184,85 +186,5 @@ impl Core {
             }
             _ => false,
         }
-    }
-
-    /// Puts a record with another payload in the place of one, if it is still there.
-    fn replace(
-        &self,
-        found: &Found,
-        new: Header,
-        payload: &[u8],
-        born: u64,
-    ) -> Result<(), Shortage> {
-        let record = Record {
-            header: new,
-            payload,
-        };
-        let append = || self.append(Target::Cold, record, Some(born), Urgency::Normal);
-        if new.kind == Kind::Image {
-            let domain = u16::try_from(new.number).ok();
-            if let Some(domain) = domain.and_then(|number| self.domain(number)) {
-                self.replace_image(&domain, found, new, append)?;
-            }
-            return Ok(());
-        }
-        let Some(object) = self.objects.get(new.number) else {
-            return Ok(());
-        };
-        if let Some(space) = self.space(object.space) {
-            let key = Key {
-                object: object.id,
-                index: new.index,
-            };
-            self.replace_page(&space, &key, found, new, append)?;
-        }
-        Ok(())
-    }
-
-    fn replace_page(
-        &self,
-        space: &Space,
-        key: &Key,
-        found: &Found,
-        new: Header,
-        append: impl FnOnce() -> Result<crate::arena::Place, Shortage>,
-    ) -> Result<(), Shortage> {
-        let (shard, hash) = space.find(key.object, key.region());
-        let mut index = shard.lock();
-        if index.get(hash, key) != Some(found.place) {
-            return Ok(());
-        }
-        let to = append()?;
-        index.relocate(hash, key, found.place, to);
-        self.note_twin(space.domain.as_deref(), &new, to);
-        let _ = self.arena.kill(found.place);
-        space.count_out(self, &found.header);
-        space.with_owner(self, new.number, |owner| {
-            owner.reserve_anyway(space.bill_bytes(self, new.len));
-        });
-        space.page_in(self, &new);
-        Ok(())
-    }
-
-    fn replace_image(
-        &self,
-        domain: &Domain,
-        found: &Found,
-        new: Header,
-        append: impl FnOnce() -> Result<crate::arena::Place, Shortage>,
-    ) -> Result<(), Shortage> {
-        let mut images = domain.images.lock();
-        if images.place(new.index) != Ok(found.place) {
-            return Ok(());
-        }
-        let to = append()?;
-        images.relocate(new.index, found.place, to);
-        self.note_twin(Some(domain), &new, to);
-        let _ = self.arena.kill(found.place);
-        self.count_image(domain, &found.header, false);
-        domain.account.release(self.record_bytes(found.header.len));
-        domain.account.reserve_anyway(self.record_bytes(new.len));
-        self.count_image(domain, &new, true);
-        Ok(())
     }
 }

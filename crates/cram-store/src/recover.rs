@@ -3,7 +3,8 @@
 //! Opening an arena that has something in it: the index is made anew from the
 //! records alone.
 //!
-//! First the catalogue is read (accounts, spaces, pools, objects), then all
+//! First it is found out whether all that must be there fits (see [`survey`]);
+//! until that is certain, nothing is written. Then the catalogue is read (accounts, spaces, pools, objects), then all
 //! spans of pages, on as many threads as there are processors. A live record is
 //! entered; of two records of one page, the newer one. Whatever belongs to
 //! nothing, contradicts something or cannot be verified is declared dead.
@@ -14,13 +15,14 @@
 
 mod catalogue;
 mod pages;
+mod survey;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ObjectId;
 use crate::account::Account;
-use crate::arena::{Arena, Found, Header, Kind, Place, Role, SpanHeader, Trust};
+use crate::arena::{Arena, Found as FoundRecord, Header, Kind, Place, Role, SpanHeader, Trust};
 use crate::budget::Shortage;
 use crate::client::{PoolId, PoolSpec};
 use crate::core::Core;
@@ -29,6 +31,7 @@ use crate::index::Numbers;
 use crate::queue::Class;
 use crate::settings::{ClientSettings, Identity};
 use crate::space::Space;
+use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
 /// What was found when a store was opened.
@@ -40,6 +43,8 @@ pub struct Recovery {
     pub discarded: u64,
     /// The machine was started anew in between, so every page was unpacked and verified.
     pub is_verified: bool,
+    /// The machine ended before the file was closed, so all that was in it was given up.
+    pub is_lost: bool,
     /// Threads that worked on it.
     pub threads: u32,
     /// How long it took, from the moment that the file was opened.
@@ -69,40 +74,67 @@ struct Copy {
 }
 
 /// Enters everything that is in the arena, which began to be opened at `began`, into an empty core.
+/// On a shortage the arena is as it was.
 pub(crate) fn recover(
     core: &Core,
-    found: &[(SpanHeader, u32)],
-    is_after_reboot: bool,
+    opened: &Found,
     began: Instant,
 ) -> Result<(Recovery, Vec<KnownClient>), Shortage> {
     let reader = Reader {
         core,
-        verifies_all: is_after_reboot,
+        verifies_all: opened.is_after_reboot,
         discarded: AtomicU64::new(0),
+        doomed: Mutex::new(Some(Vec::new())),
     };
-    let (catalogue, pages): (Vec<_>, Vec<_>) = found
-        .iter()
-        .partition(|(header, _)| header.role == Role::Catalogue);
+    // A thread is worth its while for some spans, not for one.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = processors.min(opened.spans.len() / SPANS_PER_THREAD + 1);
+    let mut survey = reader.survey(&opened.spans, threads)?;
+    let has_role = |wanted: fn(Role) -> bool| {
+        let of_role = survey.kept.iter().filter(|(header, _)| wanted(header.role));
+        of_role.copied().collect::<Vec<_>>()
+    };
+    let catalogue = has_role(|role| role == Role::Catalogue);
+    let pages = has_role(|role| role == Role::Pages);
+    let evictable = has_role(|role| matches!(role, Role::Fresh(_) | Role::Proven(_)));
+
     let entries = reader.read_catalogue(&catalogue);
     let known = reader.enter_accounts(&entries);
     let clients = reader.enter_pools(&entries, known);
-    let objects = reader.enter_objects(&entries)?;
     drop(entries);
+    let objects = reader.enter_objects(&catalogue)?;
+    reader.make_tables(&mut survey, &objects)?;
 
-    // A thread is worth its while for some spans, not for one.
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = processors.min(pages.len() / SPANS_PER_THREAD + 1);
+    // All that must be there fits. From here on the arena is written to.
+    core.arena.commit();
+    let kept: Vec<_> = survey.kept.iter().map(|(header, _)| *header).collect();
+    let others: Vec<_> = survey.dead.iter().chain(&opened.others).copied().collect();
+    core.arena.spans().adopt(&kept, &others);
+    reader.discard_doomed();
     reader.read_pages(&pages, &objects, threads)?;
+    reader.read_pages(&evictable, &objects, threads)?;
     reader.settle(&objects);
-    reader.seal(found);
+    reader.seal(&survey.kept);
+    core.recovered();
     let recovery = Recovery {
         pages: core.sum().stored.pages,
         discarded: reader.discarded.load(Relaxed),
-        is_verified: is_after_reboot,
+        is_verified: opened.is_after_reboot,
+        is_lost: opened.is_lost,
         threads: u32::try_from(threads).unwrap_or(u32::MAX),
         took: began.elapsed(),
     };
     Ok((recovery, clients))
+}
+
+/// What is known of an arena that is opened.
+pub(crate) struct Found {
+    /// The spans that were in use, and how many granules of each have memory.
+    pub(crate) spans: Vec<(SpanHeader, u32)>,
+    /// Other spans that have memory.
+    pub(crate) others: Vec<u32>,
+    pub(crate) is_after_reboot: bool,
+    pub(crate) is_lost: bool,
 }
 
 /// For each number of an object, the shard in which pages were found under it, counted from 1; and
@@ -128,6 +160,12 @@ impl Needed {
         })
     }
 
+    fn is_claimed(&self, number: u32) -> bool {
+        self.0
+            .get(number as usize)
+            .is_some_and(|claimed| claimed.load(Relaxed) != 0)
+    }
+
     fn note(&self, number: u32) {
         if let Some(claimed) = self.0.get(number as usize) {
             claimed.fetch_or(Self::ENTERED, Relaxed);
@@ -146,6 +184,8 @@ struct Reader<'a> {
     /// Nothing is believed that is not verified.
     verifies_all: bool,
     discarded: AtomicU64,
+    /// What is to be discarded once it is certain that the arena will be opened; `None` from then on.
+    doomed: Mutex<Option<Vec<Place>>>,
 }
 
 /// Hands out the numbers that the records say.
@@ -169,12 +209,22 @@ impl Reader<'_> {
     /// A record that lived is dead from now on.
     fn discard(&self, place: Place) {
         self.discarded.fetch_add(1, Relaxed);
-        self.arena().reject(place);
+        match &mut *self.doomed.lock() {
+            Some(doomed) => doomed.push(place),
+            None => self.arena().reject(place),
+        }
+    }
+
+    fn discard_doomed(&self) {
+        let doomed = self.doomed.lock().take();
+        for place in doomed.into_iter().flatten() {
+            self.arena().reject(place);
+        }
     }
 
     /// A record of a page or an image that is not to be entered. What names no owner at all may well
     /// be no record, but something that looks like one behind the last.
-    fn drop_record(&self, found: &Found) {
+    fn drop_record(&self, found: &FoundRecord) {
         let header = &found.header;
         let has_owner = match header.kind {
             Kind::Image => {
@@ -189,14 +239,13 @@ impl Reader<'_> {
         }
     }
 
-    fn payload(&self, found: &Found) -> Vec<u8> {
-        let pin = self.arena().pin(found.place);
-        pin.payload(found.place, &found.header).to_vec()
-    }
-
     /// Walks a span and hands every record to `take`, which says whether it is one. The span is as
     /// far filled as the last record reaches.
-    fn walk(&self, (span, granules): &(SpanHeader, u32), take: &mut dyn FnMut(&Found) -> bool) {
+    fn walk(
+        &self,
+        (span, granules): &(SpanHeader, u32),
+        take: &mut dyn FnMut(&FoundRecord) -> bool,
+    ) {
         let arena = self.arena();
         let layout = arena.layout();
         let mut filled = layout.first_granule();

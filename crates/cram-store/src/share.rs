@@ -5,16 +5,17 @@
 
 use std::sync::Arc;
 
-use crate::Page;
 use crate::arena::{Header, Kind, Pin, Place, Record, Role, Urgency};
 use crate::codec::Scratch;
 use crate::core::{Core, Target};
 use crate::domain::Domain;
 use crate::index::Key;
 use crate::queue::{Class, Visit};
+use crate::replace::{How, PageSlot};
 use crate::space::{Incoming, Space};
 use crate::sums::Content;
 use crate::sync::atomic::AtomicBool;
+use crate::{PAGE_SIZE, Page};
 
 /// What came of looking for a twin.
 enum Twin {
@@ -38,6 +39,8 @@ pub(crate) struct Putting<'a> {
     pub(crate) key: &'a Key,
     pub(crate) content: Content,
     pub(crate) worker: usize,
+    /// The pool refuses pages that do not compress, whoever has kept an equal one.
+    pub(crate) refuses_incompressible: bool,
     /// As in [`Incoming`].
     pub(crate) is_left: &'a AtomicBool,
 }
@@ -82,7 +85,9 @@ impl Core {
         scratch: &mut Scratch,
     ) -> Option<Twin> {
         let header = self.arena.header_at(place, pin)?;
-        if self.sums.promised(&header) != putting.content {
+        if self.sums.promised(&header) != putting.content
+            || putting.refuses_incompressible && header.len == PAGE_SIZE
+        {
             return None;
         }
         // Only of what is a record for certain are the bytes read.
@@ -110,13 +115,8 @@ impl Core {
                 (images.place(header.index) == Ok(place)).then_some(Owner::Image)
             }
             Kind::Page => {
-                let object = self.objects.get(header.number)?;
-                let space = self.space(object.space)?;
-                let key = Key {
-                    object: object.id,
-                    index: header.index,
-                };
-                if space.domain.as_deref()?.number() != number {
+                let (space, key) = self.page_of(header)?;
+                if space.sharing_domain()?.number() != number {
                     return None;
                 }
                 let (shard, hash) = space.find(key.object, key.region());
@@ -140,13 +140,11 @@ impl Core {
         let domain = putting.domain;
         let (shard, hash) = space.find(key.object, key.region());
         let mut index = shard.lock();
-        if index.get(hash, key) != Some(place) {
-            return None;
-        }
+        let header = &self.arena.header(place).ok()?;
+        let mut slot = PageSlot::new(space, &mut index, hash, key, (place, *header))?;
         if space.number == putting.space.number && key == putting.key {
             return Some(Twin::Same);
         }
-        let header = &self.arena.header(place).ok()?;
         let payload = pin.payload(place, header);
         let number = self.make_image(putting, header, payload)?;
         let alias = Header {
@@ -156,21 +154,14 @@ impl Core {
             generation: header.generation.wrapping_add(1) & 3,
             ..*header
         };
-        let made = self.append_alias(space, alias, number, place, putting.worker);
-        let Some(to) = made else {
+        let made = self.replace_with_alias(&mut slot, space, alias, number, putting.worker);
+        if made.is_none() {
             drop(index);
             // Both references: neither page needs it.
             self.drop_image_ref(domain, number);
             self.drop_image_ref(domain, number);
             return None;
-        };
-        index.relocate(hash, key, place, to);
-        self.arena.kill_known(place, header);
-        space.count_out(self, header);
-        space.with_owner(self, alias.number, |owner| {
-            owner.reserve_anyway(space.bill_bytes(self, alias.len));
-        });
-        space.page_in(self, &alias);
+        }
         Some(Twin::Image(number))
     }
 
@@ -227,21 +218,21 @@ impl Core {
         Some(number)
     }
 
-    /// Appends the alias that takes the place of the record at `from`.
-    fn append_alias(
+    /// Puts an alias in the place of a page's record. The shard is locked.
+    fn replace_with_alias(
         &self,
+        slot: &mut PageSlot<'_>,
         space: &Space,
         header: Header,
         image: u32,
-        from: Place,
         worker: usize,
     ) -> Option<Place> {
         let record = Record {
             header,
             payload: &alias_payload(image),
         };
-        let target = self.target_beside(space, from, worker)?;
-        self.append(target, record, None, Urgency::Normal).ok()
+        let target = self.target_beside(space, slot.place(), worker)?;
+        self.replace_record(slot, record, How::put(target)).ok()
     }
 
     /// Where what takes the place of a record goes.

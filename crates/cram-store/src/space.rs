@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::ObjectId;
 use crate::account::Account;
-use crate::arena::{Header, Kind, Place, Record, Urgency, mix};
+use crate::arena::{Damaged, Header, Kind, Place, Record, mix};
 use crate::budget::Shortage;
 use crate::core::{Core, Target};
 use crate::domain::Domain;
@@ -20,6 +20,7 @@ use crate::index::{HashKeys, Index, Key, Numbers, Prepared, leaf_hash};
 use crate::leaf::PAGES_PER_LEAF;
 use crate::objects::Object;
 use crate::queue::Class;
+use crate::replace::{How, Old, Slot};
 use crate::stats::{Amounts, PoolStats, Tally};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::sync::{Mutex, MutexGuard};
@@ -122,12 +123,45 @@ pub(crate) struct Incoming<'a> {
     pub(crate) is_left: &'a AtomicBool,
 }
 
-/// A page that was appended to the arena.
-struct Appended {
-    place: Place,
-    header: Header,
-    /// The header of the record that it replaces, if there is one and it is whole.
-    old: Option<Header>,
+/// What leads to a page that is put.
+struct PutSlot<'a> {
+    space: &'a Space,
+    index: &'a mut Index,
+    prepared: Prepared,
+    old: Old,
+    /// The image that the older page has its bytes from.
+    image: Option<u32>,
+}
+
+impl Slot for PutSlot<'_> {
+    fn old(&self) -> Old {
+        self.old
+    }
+
+    fn lead_to(&mut self, to: Place) {
+        self.index.enter(self.prepared, to);
+    }
+
+    fn recount(&mut self, core: &Core, new: &Header, to: Place) {
+        let space = self.space;
+        core.note_twin(space.sharing_domain(), new, to);
+        match &self.old {
+            Old::Nothing => space.page_in(core, new),
+            Old::Damaged(_) => {
+                space.page_in(core, new);
+                space.lost();
+            }
+            Old::Whole(_, old) if space.is_evictable() => {
+                space.page_in(core, new);
+                space.count_out(core, old);
+            }
+            Old::Whole(_, old) => space.page_exchanged(core, old, new),
+        }
+        space.drop_image(core, self.image);
+        if !matches!(self.old, Old::Nothing) {
+            core.note_freed();
+        }
+    }
 }
 
 /// Why a page could not be entered.
@@ -186,6 +220,11 @@ impl Space {
 
     pub(crate) fn is_shared(&self) -> bool {
         self.keeping == Keeping::Shared
+    }
+
+    /// Inside which its pages may be stored once with others. Ephemeral ones are not.
+    pub(crate) fn sharing_domain(&self) -> Option<&Domain> {
+        self.domain.as_deref().filter(|_| !self.is_evictable())
     }
 
     pub(crate) fn shards(&self) -> &[Shard] {
@@ -296,33 +335,14 @@ impl Space {
         shard.publish(&index);
         let prepared = prepared.map_err(|_| Obstacle::Index)?;
         let grown = Self::index_bill_bytes(index.extent()) - before;
-        let appended = self.pay(grown).and_then(|()| {
-            self.append(core, target, key, incoming, prepared)
+        let entered = self.pay(grown).and_then(|()| {
+            self.replace(core, target, key, incoming, &mut index, prepared)
                 .inspect_err(|_| self.payer.release(grown))
         });
-        match appended {
-            Ok(appended) => {
-                index.enter(prepared, appended.place);
-                core.note_twin(self.domain.as_deref(), &appended.header, appended.place);
-                match (prepared.old, &appended.old) {
-                    (Some(old), Some(old_header)) => {
-                        self.page_replaced(core, old, old_header, &appended.header);
-                    }
-                    (old, _) => {
-                        self.page_in(core, &appended.header);
-                        if let Some(old) = old {
-                            self.lose(core, old);
-                        }
-                    }
-                }
-                Ok(())
-            }
-            Err(obstacle) => {
-                index.cancel(prepared, &numbering, &core.budget);
-                shard.publish(&index);
-                Err(obstacle)
-            }
-        }
+        entered.inspect_err(|_| {
+            index.cancel(prepared, &numbering, &core.budget);
+            shard.publish(&index);
+        })
     }
 
     fn pay(&self, bytes: u64) -> Result<(), Obstacle> {
@@ -332,15 +352,16 @@ impl Space {
         self.payer.reserve(bytes).map_err(|_| Obstacle::Quota)
     }
 
-    /// Appends the record of a page for which room was made in the index.
-    fn append(
+    /// Puts the record of a page, for which room was made in the index, in the place of the older one.
+    fn replace(
         &self,
         core: &Core,
         target: Target<'_>,
         key: &Key,
         incoming: &Incoming<'_>,
+        index: &mut Index,
         prepared: Prepared,
-    ) -> Result<Appended, Obstacle> {
+    ) -> Result<(), Obstacle> {
         let number = if self.is_shared() {
             let write = |number, object| core.write_object(number, &object, true);
             let owner = incoming.owner;
@@ -350,28 +371,45 @@ impl Space {
         } else {
             prepared.number
         };
-        // Of a page that is damaged nothing is known; it is about to be killed anyway.
-        let old = prepared.old.and_then(|old| core.arena.header(old).ok());
-        let header = Header {
-            kind: incoming.kind,
-            number,
-            index: key.index,
-            len: incoming.payload.len(),
-            is_zstd: incoming.is_zstd,
-            check: core.sums.check(incoming.content, number, key.index),
-            generation: old.map_or(0, |old| old.generation.wrapping_add(1) & 3),
-            is_used: false,
+        let old = match prepared.old {
+            None => Old::Nothing,
+            Some(place) => match core.arena.header(place) {
+                Ok(header) => Old::Whole(place, header),
+                Err(Damaged) => Old::Damaged(place),
+            },
+        };
+        let generation = match old {
+            Old::Whole(_, old) => old.generation.wrapping_add(1) & 3,
+            // Of a page that is damaged nothing is known; it is about to be killed anyway.
+            Old::Nothing | Old::Damaged(_) => 0,
+        };
+        let image = match old {
+            Old::Whole(place, header) => self.image_needed(core, place, &header),
+            Old::Nothing | Old::Damaged(_) => None,
         };
         let record = Record {
-            header,
+            header: Header {
+                kind: incoming.kind,
+                number,
+                index: key.index,
+                len: incoming.payload.len(),
+                is_zstd: incoming.is_zstd,
+                check: core.sums.check(incoming.content, number, key.index),
+                generation,
+                is_used: false,
+            },
             payload: incoming.payload,
         };
-        let place = core.append(target, record, None, Urgency::Normal);
-        Ok(Appended {
-            place: place.map_err(|_| Obstacle::Room)?,
-            header,
+        let mut slot = PutSlot {
+            space: self,
+            index,
+            prepared,
             old,
-        })
+            image,
+        };
+        core.replace_record(&mut slot, record, How::put(target))
+            .map_err(|_| Obstacle::Room)?;
+        Ok(())
     }
 
     /// Counts a page that has come. With the shard's lock held.
@@ -408,30 +446,20 @@ impl Space {
         });
     }
 
-    /// Kills the record of a page that another has replaced in the index, and counts both. With the
-    /// shard's lock held.
-    fn page_replaced(&self, core: &Core, old: Place, old_header: &Header, new: &Header) {
-        if self.is_evictable() {
-            self.page_in(core, new);
-            self.page_out(core, old);
-            return;
-        }
-        let image = self.image_needed(core, old, old_header);
-        core.arena.kill_known(old, old_header);
-        let (gone, come) = (self.amounts(core, old_header), self.amounts(core, new));
-        self.tally.exchange(&gone, &come);
-        core.sizes.exchange(old_header.len, new.len);
-        self.payer.release(gone.billed_bytes);
-        self.drop_image(core, image);
-        core.note_freed();
-    }
-
     /// The image that a page's record needs, if it is an alias.
     fn image_needed(&self, core: &Core, place: Place, header: &Header) -> Option<u32> {
         match header.kind {
             Kind::Alias => core.image_number(place, header),
             _ => None,
         }
+    }
+
+    /// Counts a page that took another's place. Both are on the bill.
+    fn page_exchanged(&self, core: &Core, old: &Header, new: &Header) {
+        let (gone, come) = (self.amounts(core, old), self.amounts(core, new));
+        self.tally.exchange(&gone, &come);
+        core.sizes.exchange(old.len, new.len);
+        self.payer.release(gone.billed_bytes);
     }
 
     fn drop_image(&self, core: &Core, image: Option<u32>) {
@@ -444,7 +472,8 @@ impl Space {
     /// held.
     pub(crate) fn page_out(&self, core: &Core, place: Place) {
         let Ok(header) = core.arena.header(place) else {
-            self.lose(core, place);
+            let _ = core.arena.kill(place);
+            self.lost();
             return;
         };
         let image = self.image_needed(core, place, &header);
@@ -469,8 +498,7 @@ impl Space {
 
     /// A page whose header is damaged beyond repair has left the index. How long it was is not to be
     /// known: it stays on the bill, and its span is lost to the store until it is opened anew.
-    fn lose(&self, core: &Core, place: Place) {
-        let _ = core.arena.kill(place);
+    fn lost(&self) {
         self.tally.sub(&Amounts {
             pages: 1,
             ..Amounts::default()

@@ -17,7 +17,7 @@ use crate::domain::Domain;
 use crate::maintain::Keeper;
 use crate::policy::ReclaimTarget;
 use crate::recompress::Repacker;
-use crate::recover::{Recovery, recover};
+use crate::recover::{Found, Recovery, recover};
 use crate::settings::Identity;
 use crate::stats::StoreStats;
 use crate::sync::RwLock;
@@ -77,18 +77,24 @@ impl Store {
         let budget = Arc::new(Budget::new(capacity_bytes));
         let opened = Arena::open(&config.backing, layout_for(capacity_bytes), budget.clone())?;
         let does_not_fit = || StoreError::DoesNotFit { capacity_bytes };
-        opened.adopt().map_err(|_| does_not_fit())?;
         let Opened {
             arena,
             generation,
-            found,
+            found: spans,
+            others,
             is_after_reboot,
+            is_lost,
         } = opened;
-
+        let found = Found {
+            spans,
+            others,
+            is_after_reboot,
+            is_lost,
+        };
         let Some(core) = Core::new(&config, arena, budget) else {
             return Err(does_not_fit());
         };
-        let recovered = recover(&core, &found, is_after_reboot, began);
+        let recovered = recover(&core, &found, began);
         let (recovery, accounts) = recovered.map_err(|_| does_not_fit())?;
         let core = Arc::new(core);
         let clients = accounts

@@ -8,7 +8,7 @@
 
 #[cfg(not(shuttle))]
 mod real {
-    pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock};
+    pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
     pub(crate) use std::sync::atomic;
 }
 
@@ -18,8 +18,9 @@ pub(crate) use real::*;
 #[cfg(shuttle)]
 mod scheduled {
     pub(crate) use shuttle::sync::MutexGuard;
+    use shuttle::sync::RwLockReadGuard;
+    pub(crate) use shuttle::sync::RwLockWriteGuard;
     pub(crate) use shuttle::sync::atomic;
-    use shuttle::sync::{RwLockReadGuard, RwLockWriteGuard};
 
     /// As parking_lot's: a panic of a holder poisons nothing.
     #[derive(Debug, Default)]

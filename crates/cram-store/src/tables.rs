@@ -59,6 +59,48 @@ pub(crate) fn resize_leaves(
     Ok(())
 }
 
+/// Gives an empty table of leaves room for exactly so many.
+pub(crate) fn reserve_leaves(
+    leaves: &mut Vec<Leaf>,
+    count: usize,
+    bytes: &mut u64,
+    budget: &Budget,
+) -> Result<(), Shortage> {
+    let new = leaves_bytes(count);
+    budget.reserve(new)?;
+    if leaves.try_reserve_exact(count).is_err() {
+        budget.release(new);
+        return Err(Shortage::Store);
+    }
+    *bytes += new;
+    Ok(())
+}
+
+/// Gives an empty hash table room for exactly so many entries.
+pub(crate) fn reserve_table<T>(
+    table: &mut HashTable<T>,
+    count: usize,
+    bytes: &mut u64,
+    budget: &Budget,
+) -> Result<(), Shortage> {
+    // As hashbrown has it: a power of two of which seven eighths are used, and a byte for each.
+    let buckets = match count {
+        0 => 0,
+        1..4 => 4,
+        4..8 => 8,
+        8..15 => 16,
+        _ => (count * 8 / 7).next_power_of_two(),
+    };
+    let most = malloc_bytes(buckets * (size_of::<T>() + 1) + 64);
+    budget.reserve(most)?;
+    let reserved = table.try_reserve(count, |_| 0);
+    let new = table_bytes(table);
+    debug_assert!(new <= most);
+    budget.release(most - new.min(most));
+    *bytes += new;
+    reserved.map_err(|_| Shortage::Store)
+}
+
 /// What a table may take at the most when it next grows: it doubles, or starts with 16 entries.
 fn grown_table_bytes<T>(table: &HashTable<T>) -> u64 {
     let least = 16 * (size_of::<T>() + 1) + 64;
@@ -117,6 +159,30 @@ pub(crate) fn shrink_table<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_that_is_made_at_once_is_no_larger_than_one_that_has_grown() {
+        let hash = |number: &u32| u64::from(*number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        for count in (0..200).chain([447, 448, 449, 1000, 3583, 3584, 3585]) {
+            let budget = Budget::new(1 << 20);
+            let (mut grown, mut bytes) = (HashTable::new(), 0);
+            for number in 0..count {
+                grow_table(&mut grown, &mut bytes, &budget, hash).unwrap();
+                grown.insert_unique(hash(&number), number, hash);
+            }
+            let (mut made, mut made_bytes) = (HashTable::<u32>::new(), 0);
+            let budget = Budget::new(1 << 20);
+            reserve_table(&mut made, count as usize, &mut made_bytes, &budget).unwrap();
+            assert_eq!(
+                (made_bytes, budget.held_bytes()),
+                (table_bytes(&made), made_bytes)
+            );
+            assert!(
+                made_bytes <= bytes && made.capacity() >= count as usize,
+                "{count}"
+            );
+        }
+    }
 
     /// Grows and shrinks a table step by step, and compares the bill with the allocation.
     #[test]

@@ -481,3 +481,69 @@ fn who_is_in_a_sharing_group_stays_there() {
     let is_inside = |name| store.client(name).unwrap().is_in_sharing_group();
     assert!(is_inside("inside") && !is_inside("outside"));
 }
+
+#[test]
+fn ephemeral_pages_are_never_stored_together() {
+    let store = store_of(8 << 20);
+    let client = store.add_client("a", None).unwrap();
+    let pool = pool_of(&client, 0, PRIVATE);
+    let page = |index: u32| page_of(Content::Noise, u64::from(index) % 10);
+    let mut scratch = Scratch::new();
+    for index in 0..200 {
+        let put = pool.put(OBJECT, index, &page(index), &mut scratch);
+        assert_eq!(put, PutResult::Stored);
+    }
+    let stats = store.stats();
+    assert_eq!((stats.pages_sharing, stats.pages_shared), (0, 0));
+    // So each page that is evicted makes as much room as it takes.
+    let evicted = client.evict(200_000);
+    assert!((40..=60).contains(&evicted), "{evicted}");
+    store.check().unwrap();
+}
+
+#[test]
+fn an_incompressible_page_is_refused_though_an_equal_one_is_kept_elsewhere() {
+    let store = store_of(4 << 20);
+    let client = store.add_client("a", None).unwrap();
+    let keeps = pool_of(&client, 0, PERSISTENT);
+    let spec = PoolSpec {
+        kind: PERSISTENT,
+        refuse_incompressible: true,
+    };
+    client.new_pool(PoolId(1), spec).unwrap();
+    let refuses = client.pool(PoolId(1)).unwrap();
+    let refused = PutResult::Refused(Refusal::Incompressible);
+    // Nowhere, as a page, as an image.
+    for round in 0..3 {
+        let page = page_of(Content::Noise, 5);
+        let put = refuses.put(OBJECT, 0, &page, &mut Scratch::new());
+        assert_eq!(put, refused);
+        let put = keeps.put(OBJECT, round, &page, &mut Scratch::new());
+        assert_eq!(put, PutResult::Stored);
+    }
+    assert_eq!(store.stats().pages_sharing, 3);
+    // What compresses may still share.
+    assert_eq!(put(&keeps, 7, SOME), PutResult::Stored);
+    assert_eq!(put(&refuses, 7, SOME), PutResult::Stored);
+    assert_eq!(store.stats().pages_sharing, 5);
+}
+
+#[test]
+fn a_handle_on_a_shared_pool_ends_when_its_client_leaves() {
+    let store = store_of(4 << 20);
+    let [a, b] = ["a", "b"].map(|name| store.add_client(name, None).unwrap());
+    let [left, other] = [&a, &b].map(|client| pool_of(client, 0, SHARED));
+    assert_eq!(put(&left, 1, SOME), PutResult::Stored);
+    assert_eq!(put(&other, 2, SOME), PutResult::Stored);
+    a.destroy_pool(PoolId(0)).unwrap();
+    assert!(store.remove_client("a"));
+    // Its page goes, and with it its account; the next client gets its number.
+    assert_eq!(other.flush_page(OBJECT, 1, 1), 1);
+    let c = store.add_client("c", None).unwrap();
+    assert_ne!(put(&left, 3, SOME), PutResult::Stored);
+    assert_eq!(get(&left, 2, SOME), GetResult::Missing);
+    assert_eq!(left.flush_object(OBJECT), 0);
+    assert_eq!(c.stats().pages_stored, 0);
+    assert_eq!(get(&other, 2, SOME), GetResult::Found);
+    store.check().unwrap();
+}

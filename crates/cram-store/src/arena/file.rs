@@ -21,8 +21,8 @@ use super::span_header::{SPAN_HEADER_BYTES, SpanHeader, read_header};
 use super::spans::Spans;
 use super::superblock::{SUPERBLOCK_BYTES, Superblock, Unreadable};
 use super::{Arena, Layout, Secret};
-use crate::budget::{Budget, Shortage};
-use crate::sync::atomic::AtomicU64;
+use crate::budget::Budget;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// Where the arena is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -84,9 +84,14 @@ pub(crate) struct Opened {
     pub(crate) generation: u64,
     /// The spans that were in use, and how many granules of each have memory; empty in a new arena.
     pub(crate) found: Vec<(SpanHeader, u32)>,
-    /// The machine was started anew since the file was last used: what was written last may be
-    /// missing from it, so nothing is to be believed that is not verified.
+    /// Other spans that have memory.
+    pub(crate) others: Vec<u32>,
+    /// The machine was started anew since the file was closed: nothing is believed that is not
+    /// verified.
     pub(crate) is_after_reboot: bool,
+    /// The machine ended before the file was closed: what was written last may be missing from it,
+    /// so all that was in it is given up.
+    pub(crate) is_lost: bool,
 }
 
 const MEMORY_NAME: &str = "cram-arena";
@@ -116,23 +121,40 @@ impl Arena {
         };
         let layout = candidate.fit(&mut superblock, budget.capacity_bytes())?;
         let is_after_reboot = !is_new && superblock.boot_id != boot_id;
+        let is_lost = is_after_reboot && !superblock.is_clean;
+        if is_lost {
+            superblock = Superblock {
+                span_shift: superblock.span_shift,
+                granule_shift: superblock.granule_shift,
+                len_bytes: superblock.len_bytes,
+                ..candidate.new_superblock(layout)?
+            };
+        }
         superblock.boot_id = boot_id;
+        superblock.is_clean = false;
         let huge_page_bytes = huge_page_bytes(&candidate.file);
         let region = candidate.map(layout)?;
-        superblock.write(&region);
         let salt = superblock.secret.number(0);
-        let found = if is_new {
-            Vec::new()
+        // (Of what is lost no header agrees with the new secret.)
+        let (found, others) = if is_new {
+            (Vec::new(), Vec::new())
         } else {
             find_spans(&region, layout, salt)
         };
+        let spans = Spans::new(region, layout, huge_page_bytes, budget, salt);
+        spans.recall(&found);
         Ok(Opened {
             generation: superblock.generation,
+            is_lost,
+            others,
             arena: Self {
+                superblock: superblock.clone(),
+                is_committed: AtomicBool::new(false),
+                is_in_file: matches!(backing, Backing::File(_)),
                 layout,
                 salt,
                 secret: superblock.secret,
-                spans: Spans::new(region, layout, huge_page_bytes, budget, salt),
+                spans,
                 damaged: AtomicU64::new(0),
                 corrected: AtomicU64::new(0),
             },
@@ -203,6 +225,7 @@ impl<'a> Candidate<'a> {
             len_bytes: 0,
             generation: u64::from_le_bytes(generation.try_into().unwrap_or([1; 8])).max(1),
             boot_id: [0; 16],
+            is_clean: false,
             secret: Secret::new(own),
         })
     }
@@ -248,26 +271,59 @@ fn failure(what: &'static str, path: &Path, error: io::Error) -> ArenaError {
     ArenaError::System { what, path, error }
 }
 
-impl Opened {
-    /// Takes the spans that were found for spans in use.
-    pub(crate) fn adopt(&self) -> Result<(), Shortage> {
-        self.arena.spans.adopt(&self.found)
+impl Arena {
+    /// What was found is going to be used. Until then, nothing has been written to the file.
+    pub(crate) fn commit(&self) {
+        let region = self.spans.region();
+        self.superblock.write(region);
+        if self.is_in_file {
+            // Before anything else is written, and reaches the disk: the file is not closed any more.
+            let _ = region.sync(0, SUPERBLOCK_BYTES);
+        }
+        self.is_committed.store(true, Relaxed);
+    }
+
+    /// Has everything written to the disk, and then says so.
+    fn close(&self) {
+        let region = self.spans.region();
+        if !self.is_in_file || !self.is_committed.load(Relaxed) {
+            return;
+        }
+        if region.sync(0, region.len_bytes()).is_err() {
+            return;
+        }
+        let closed = Superblock {
+            is_clean: true,
+            ..self.superblock.clone()
+        };
+        closed.write(region);
+        let _ = region.sync(0, SUPERBLOCK_BYTES);
     }
 }
 
-/// The headers of all spans that have one, and how many granules of each have memory.
-fn find_spans(region: &Region, layout: Layout, salt: u64) -> Vec<(SpanHeader, u32)> {
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The headers of all spans that have one, and how many granules of each have memory; and the other
+/// spans that have memory.
+fn find_spans(region: &Region, layout: Layout, salt: u64) -> (Vec<(SpanHeader, u32)>, Vec<u32>) {
     let mut data = Data::new(region.file(), layout);
-    (1..layout.spans)
-        .filter_map(|span| {
-            let bytes = data.bytes_of(span);
-            if bytes < SPAN_HEADER_BYTES as u64 {
-                return None;
-            }
-            let header = read_header(region, layout, span, salt)?;
-            Some((header, layout.granules_of(bytes)))
-        })
-        .collect()
+    let (mut found, mut others) = (Vec::new(), Vec::new());
+    for span in 1..layout.spans {
+        let bytes = data.bytes_of(span);
+        let header = (bytes >= SPAN_HEADER_BYTES as u64)
+            .then(|| read_header(region, layout, span, salt))
+            .flatten();
+        match header {
+            Some(header) => found.push((header, layout.granules_of(bytes))),
+            None if bytes > 0 => others.push(span),
+            None => (),
+        }
+    }
+    (found, others)
 }
 
 /// Where a file has memory (or blocks), asked of the system from the beginning to the end. To look

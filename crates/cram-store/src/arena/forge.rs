@@ -43,6 +43,7 @@ pub(crate) fn forge_superblock(capacity_bytes: u64) -> (Vec<u8>, Secret) {
         len_bytes: layout.len_bytes(),
         generation: 1,
         boot_id: super::file::boot_id(),
+        is_clean: false,
         secret: secret(),
     };
     let len = usize::try_from(layout.len_bytes()).unwrap_or(0);

@@ -50,7 +50,8 @@ use std::sync::atomic::{AtomicU64 as PlainAtomicU64, Ordering};
 
 use spans::Spans;
 
-use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
+use superblock::Superblock;
 
 /// Keys everything that a guest must not be able to foresee: hashes of pages, codes of headers.
 #[derive(Clone, PartialEq, Eq)]
@@ -170,6 +171,10 @@ fn salt_of(secret: u64, place: Place, sequence: u64) -> u16 {
 
 /// See the module's text.
 pub(crate) struct Arena {
+    superblock: Superblock,
+    /// Its contents were accepted, so that it may be written to.
+    is_committed: AtomicBool,
+    is_in_file: bool,
     layout: Layout,
     secret: Secret,
     salt: u64,

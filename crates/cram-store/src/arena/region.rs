@@ -132,6 +132,20 @@ impl Region {
         unsafe { host::populate(&self.file, pointer, at, bytes) }
     }
 
+    /// Has the host write these whole pages to the disk that the file is on, if it is on one, and
+    /// waits until that is done.
+    pub(crate) fn sync(&self, at: u64, len: u64) -> io::Result<()> {
+        let bytes = usize::try_from(len).map_err(|_| Errno::INVAL)?;
+        let pointer = self.pointer(at, bytes);
+        // SAFETY: that is inside the mapping.
+        unsafe { host::sync(pointer, bytes) }
+    }
+
+    /// Bytes that are mapped.
+    pub(crate) fn len_bytes(&self) -> u64 {
+        self.len as u64
+    }
+
     /// Gives these whole pages back to the host; they read as zeroes from now on. Nobody may have
     /// bytes of them. True when the host took them.
     pub(crate) fn punch(&self, at: u64, len: u64) -> bool {

@@ -311,55 +311,64 @@ impl Spans {
         self.span(span).populated.load(Relaxed)
     }
 
-    /// At recovery, before anything else is done: these spans are in use, each with memory for so
-    /// many granules.
-    pub(super) fn adopt(&self, found: &[(SpanHeader, u32)]) -> Result<(), Shortage> {
-        let mut is_used = vec![false; self.table.len()];
+    /// At recovery, before anything else is done: what is known of the spans that were found. Nothing
+    /// is charged yet, and nothing written.
+    pub(super) fn recall(&self, found: &[(SpanHeader, u32)]) {
         for (header, granules) in found {
             let entry = self.span(header.span);
             entry.sequence.store(header.sequence, Release);
             entry.role.store(header.role.to_word(), Release);
             entry.born.store(header.born, Relaxed);
             entry.filled.store(*granules, Release);
-            self.budget.reserve(self.layout.bytes_of(*granules))?;
-            entry.charged.store(*granules, Relaxed);
-            entry.populated.store(*granules, Relaxed);
-            self.charged.fetch_add(u64::from(*granules), Relaxed);
-            entry.life.open();
-            is_used[header.span as usize] = true;
             self.next_sequence
                 .fetch_max(header.sequence.saturating_add(1), Relaxed);
         }
-        self.free.lock().strike(&is_used);
+    }
+
+    /// Granules that a span with so many filled ones keeps memory for.
+    pub(crate) fn kept_granules(&self, filled: u32) -> u32 {
+        let bytes = self.layout.bytes_of(filled);
+        self.layout
+            .granules_of(bytes.next_multiple_of(self.page_bytes))
+            .min(self.layout.span_granules())
+    }
+
+    /// At recovery: charges a span that will be adopted for what it keeps.
+    pub(crate) fn charge_kept(&self, span: u32, filled: u32) -> Result<(), Shortage> {
+        let kept = self.kept_granules(filled);
+        self.budget.reserve(self.layout.bytes_of(kept))?;
+        self.span(span).charged.store(kept, Relaxed);
+        self.charged.fetch_add(u64::from(kept), Relaxed);
         Ok(())
     }
 
-    fn give_back_tail(&self, span: u32) {
-        let entry = self.span(span);
-        let (layout, charged) = (self.layout, entry.charged.load(Relaxed));
-        let kept_bytes = layout
-            .bytes_of(entry.filled.load(Relaxed))
-            .next_multiple_of(self.page_bytes);
-        let kept = layout.granules_of(kept_bytes);
-        if kept >= charged {
-            return;
+    /// At recovery: these spans are in use, and have been charged. Others that have memory give it
+    /// back, and these what is not filled.
+    pub(crate) fn adopt(&self, kept: &[SpanHeader], others: &[u32]) {
+        let mut is_used = vec![false; self.table.len()];
+        for header in kept {
+            let entry = self.span(header.span);
+            let (layout, charged) = (self.layout, entry.charged.load(Relaxed));
+            entry.populated.store(charged, Relaxed);
+            entry.life.open();
+            is_used[header.span as usize] = true;
+            let (at, kept_bytes) = (layout.span_at(header.span), layout.bytes_of(charged));
+            if kept_bytes < layout.span_bytes() {
+                self.region
+                    .punch(at + kept_bytes, layout.span_bytes() - kept_bytes);
+            }
         }
-        let tail_bytes = layout.bytes_of(charged - kept);
-        if self
-            .region
-            .punch(layout.span_at(span) + kept_bytes, tail_bytes)
-        {
-            entry.populated.store(kept, Relaxed);
-            entry.charged.store(kept, Relaxed);
-            self.charged.fetch_sub(u64::from(charged - kept), Relaxed);
-            self.budget.release(tail_bytes);
+        for span in others {
+            self.span(*span).role.store(0, Release);
+            let layout = self.layout;
+            self.region
+                .punch(layout.span_at(*span), layout.span_bytes());
         }
+        self.free.lock().strike(&is_used);
     }
 
-    /// At recovery: nothing more is added to it. It is free if nothing in it lives; else the memory
-    /// beyond what is filled goes back.
+    /// At recovery: nothing more is added to it. It is free if nothing in it lives.
     pub(crate) fn seal_adopted(&self, span: u32) {
-        self.give_back_tail(span);
         let freed = self.life(span).seal();
         self.take_back(span, freed);
     }

@@ -10,7 +10,7 @@
 //!   8  format version                 56  secret (192 bytes)
 //!  12  span size, log2               248  XXH3-64 of the bytes before
 //!  16  granule size, log2            256
-//!  20  reserved, 0
+//!  20  1: closed in an orderly way; else 0
 //!  24  length of the arena in bytes
 //!  32  generation of the store
 //! ```
@@ -43,6 +43,8 @@ pub(crate) struct Superblock {
     pub(crate) len_bytes: u64,
     pub(crate) generation: u64,
     pub(crate) boot_id: [u8; 16],
+    /// All that was written is on the disk, if there is one, and nothing was written since.
+    pub(crate) is_clean: bool,
     pub(crate) secret: Secret,
 }
 
@@ -62,11 +64,12 @@ pub(crate) enum Unreadable {
 impl Superblock {
     fn to_bytes(&self) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
-        let parts: [(usize, &[u8]); 8] = [
+        let parts: [(usize, &[u8]); 9] = [
             (0, &MAGIC),
             (8, &FORMAT_VERSION.to_le_bytes()),
             (12, &self.span_shift.to_le_bytes()),
             (16, &self.granule_shift.to_le_bytes()),
+            (20, &u32::from(self.is_clean).to_le_bytes()),
             (24, &self.len_bytes.to_le_bytes()),
             (32, &self.generation.to_le_bytes()),
             (40, &self.boot_id),
@@ -109,6 +112,7 @@ impl Superblock {
             len_bytes: u64_at(24)?,
             generation: u64_at(32)?,
             boot_id: field(bytes, 40)?,
+            is_clean: u32_at(20)? == 1,
             secret: Secret::new(field(bytes, 56)?),
         };
         let is_sane = SPAN_SHIFTS.contains(&read.span_shift)
@@ -184,6 +188,7 @@ mod tests {
             len_bytes: 64 << 20,
             generation: 77,
             boot_id: [3; 16],
+            is_clean: true,
             secret: Secret::new([5; Secret::BYTES]),
         }
     }

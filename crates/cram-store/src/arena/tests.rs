@@ -25,6 +25,17 @@ fn arena() -> Arena {
     let region = region::Region::for_tests(layout.len_bytes());
     let budget = Arc::new(Budget::new(u64::from(SPANS) * SPAN_BYTES));
     Arena {
+        superblock: Superblock {
+            span_shift: layout.span_shift,
+            granule_shift: layout.granule_shift,
+            len_bytes: layout.len_bytes(),
+            generation: 1,
+            boot_id: [0; 16],
+            is_clean: false,
+            secret: Secret::new([7; Secret::BYTES]),
+        },
+        is_committed: AtomicBool::new(false),
+        is_in_file: false,
         layout,
         secret: Secret::new([7; Secret::BYTES]),
         salt: 7,

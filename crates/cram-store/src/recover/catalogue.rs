@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{Copy, KnownClient, Needed, Reader, SPACES_MAX};
 use crate::PAGE_SIZE;
 use crate::account::{Account, Holder};
-use crate::arena::{Kind, NUMBERS, Place, SpanHeader, Trust, is_newer};
+use crate::arena::{Found, Kind, NUMBERS, Place, SpanHeader, Trust, is_newer};
 use crate::budget::Shortage;
 use crate::catalogue::{AccountRecord, EntryKey, PoolRecord, SpaceRecord, object_from_bytes};
 use crate::client::{PoolId, PoolKind, PoolSpec};
@@ -19,38 +19,58 @@ impl Reader<'_> {
     /// Walks the catalogue's spans. Of each entry, the copies of its newest state.
     pub(super) fn read_catalogue(
         &self,
-        spans: &[&(SpanHeader, u32)],
+        spans: &[(SpanHeader, u32)],
     ) -> BTreeMap<EntryKey, Vec<Copy>> {
         let mut entries: BTreeMap<EntryKey, Vec<Copy>> = BTreeMap::new();
         for span in spans {
-            self.walk(span, &mut |found| {
+            self.walk_catalogue(span, &mut |_| (), &mut |found, payload| {
                 let header = found.header;
-                let is_named = match header.kind {
-                    Kind::Account | Kind::Space | Kind::Object => header.index == 0,
-                    Kind::Pool => true,
-                    Kind::Page | Kind::Image | Kind::Alias => false,
-                };
-                let is_entry = is_named && header.len < PAGE_SIZE;
-                let payload = self.payload(found);
-                let sums = &self.core.sums;
-                let is_whole = is_entry && sums.bytes(&payload) == sums.promised(&header);
-                if is_whole && found.is_live {
+                if header.kind != Kind::Object {
                     let key = (header.kind, header.number, header.index);
                     entries.entry(key).or_default().push(Copy {
                         place: found.place,
                         generation: header.generation,
-                        payload,
+                        payload: payload.to_vec(),
                     });
-                } else if found.is_live && found.trust == Trust::Header {
-                    self.discard(found.place);
                 }
-                is_whole
             });
         }
         for copies in entries.values_mut() {
             self.keep_newest(copies);
         }
         entries
+    }
+
+    /// Hands every live record of the catalogue that is whole to `take`, with its payload, and what is
+    /// none to `fault`.
+    fn walk_catalogue(
+        &self,
+        span: &(SpanHeader, u32),
+        fault: &mut dyn FnMut(&Found),
+        take: &mut dyn FnMut(&Found, &[u8]),
+    ) {
+        self.walk(span, &mut |found| {
+            let header = found.header;
+            let is_named = match header.kind {
+                Kind::Account | Kind::Space | Kind::Object => header.index == 0,
+                Kind::Pool => true,
+                Kind::Page | Kind::Image | Kind::Alias => false,
+            };
+            if !is_named || header.len >= PAGE_SIZE {
+                fault(found);
+                return false;
+            }
+            let pin = self.arena().pin(found.place);
+            let payload = pin.payload(found.place, &header);
+            let sums = &self.core.sums;
+            let is_whole = sums.bytes(payload) == sums.promised(&header);
+            if !is_whole {
+                fault(found);
+            } else if found.is_live {
+                take(found, payload);
+            }
+            is_whole
+        });
     }
 
     fn keep_newest(&self, copies: &mut Vec<Copy>) {
@@ -237,34 +257,38 @@ impl Reader<'_> {
         Some(space)
     }
 
-    /// Objects. Returns room to note which of them are needed.
-    pub(super) fn enter_objects(
-        &self,
-        entries: &BTreeMap<EntryKey, Vec<Copy>>,
-    ) -> Result<Needed, Shortage> {
+    /// Objects, from the spans of the catalogue. Returns room to note which of them are needed.
+    pub(super) fn enter_objects(&self, spans: &[(SpanHeader, u32)]) -> Result<Needed, Shortage> {
         let core = self.core;
-        let mut numbers = 0;
-        for (key, copies) in entries.iter().filter(|(key, _)| key.0 == Kind::Object) {
-            let object = copies
-                .first()
-                .and_then(|copy| object_from_bytes(&copy.payload))
-                .filter(|object| core.space(object.space).is_some() && key.1 < NUMBERS);
-            let Some(object) = object else {
-                self.reject_all(copies);
-                continue;
-            };
-            numbers = numbers.max(key.1 as usize + 1);
-            for copy in copies {
-                if core
-                    .objects
-                    .adopt(key.1, object, copy.place, &core.budget)?
-                {
-                    self.live(copy.place);
-                } else {
-                    self.discard(copy.place);
-                }
+        let (mut numbers, mut entered) = (0, Ok(()));
+        let mut fault = |found: &Found| {
+            if found.is_live && found.trust == Trust::Header {
+                self.discard(found.place);
             }
+        };
+        for span in spans {
+            self.walk_catalogue(span, &mut fault, &mut |found, payload| {
+                let number = found.header.number;
+                if found.header.kind != Kind::Object || entered.is_err() {
+                    return;
+                }
+                let object = object_from_bytes(payload)
+                    .filter(|object| core.space(object.space).is_some() && number < NUMBERS);
+                let adopted = object.map_or(Ok(false), |object| {
+                    core.objects
+                        .adopt(number, object, found.place, &core.budget)
+                });
+                match adopted {
+                    Ok(true) => {
+                        numbers = numbers.max(number as usize + 1);
+                        self.live(found.place);
+                    }
+                    Ok(false) => self.discard(found.place),
+                    Err(why) => entered = Err(why),
+                }
+            });
         }
+        entered?;
         Ok(Needed::new(numbers))
     }
 }

@@ -2,6 +2,7 @@
 
 //! Pages and images, entered into the index again, on several threads.
 
+use super::survey::in_parallel;
 use super::{Needed, Numbering, Reader};
 use crate::arena::{Found, Kind, Place, Role, SpanHeader, Trust, is_newer};
 use crate::budget::Shortage;
@@ -13,11 +14,22 @@ use crate::space::Space;
 use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::{PAGE_SIZE, Page};
 
+/// What a page has its bytes from.
+#[derive(Clone, Copy)]
+enum Needs {
+    /// Its own record.
+    Nothing,
+    /// The image of that number.
+    Image(u32),
+    /// An image of a number that none has: memory was changed from outside.
+    Nowhere,
+}
+
 impl Reader<'_> {
     /// Walks all spans of pages, `threads` at a time.
     pub(super) fn read_pages(
         &self,
-        spans: &[&(SpanHeader, u32)],
+        spans: &[(SpanHeader, u32)],
         objects: &Needed,
         threads: usize,
     ) -> Result<(), Shortage> {
@@ -41,6 +53,8 @@ impl Reader<'_> {
                         match self.enter_record(found, span.0.role, objects) {
                             Ok(true) => (),
                             Ok(false) => self.drop_record(found),
+                            // It may be evicted at any time, so also now.
+                            Err(_) if span.0.role != Role::Pages => self.drop_record(found),
                             Err(why) => shortage = Err(why),
                         }
                     } else if found.trust == Trust::Header {
@@ -50,18 +64,11 @@ impl Reader<'_> {
                 });
             }
         };
-        if threads == 1 {
-            return work();
-        }
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            let mut results = workers.into_iter().map(|worker| worker.join());
-            results.try_for_each(|result| result.unwrap_or(Err(Shortage::Store)))
-        })
+        in_parallel(threads, work)
     }
 
     /// Whether a record's payload is what its header promises.
-    fn is_whole(&self, found: &Found, scratch: &mut Scratch, page: &mut Page) -> bool {
+    pub(super) fn is_whole(&self, found: &Found, scratch: &mut Scratch, page: &mut Page) -> bool {
         let header = &found.header;
         let sums = &self.core.sums;
         let pin = self.arena().pin(found.place);
@@ -102,7 +109,6 @@ impl Reader<'_> {
             return Ok(false);
         };
         let mut images = domain.images.lock();
-        self.make_room_for(&mut images, header.index)?;
         if !images.adopt(header.index, found.place) {
             return Ok(false);
         }
@@ -111,24 +117,6 @@ impl Reader<'_> {
         core.count_image(&domain, header, true);
         domain.account.reserve_anyway(core.record_bytes(header.len));
         Ok(true)
-    }
-
-    fn make_room_for(
-        &self,
-        images: &mut crate::domain::Images,
-        number: u32,
-    ) -> Result<(), Shortage> {
-        let budget = &self.core.budget;
-        if let Some((capacity, bytes)) = images.growth_to(number) {
-            let old = images.held_bytes();
-            budget.reserve(bytes)?;
-            if !images.grow(capacity) {
-                budget.release(bytes);
-                return Err(Shortage::Store);
-            }
-            budget.release(old);
-        }
-        Ok(())
     }
 
     fn enter_page(&self, found: &Found, role: Role, objects: &Needed) -> Result<bool, Shortage> {
@@ -143,11 +131,10 @@ impl Reader<'_> {
         if !is_plausible(&space, &object, role) {
             return Ok(false);
         }
-        let image = match self.image_of(&space, found)? {
-            Some(image) => image,
-            None if header.kind == Kind::Alias => return Ok(false),
-            None => None,
-        };
+        let needed = self.need_image(&space, found);
+        if let Needs::Nowhere = needed {
+            return Ok(false);
+        }
         let key = Key {
             object: object.id,
             index: header.index,
@@ -157,26 +144,26 @@ impl Reader<'_> {
             objects.claim(header.number, shard) && self.enter_into_index(&space, &key, found)?;
         if is_entered {
             objects.note(header.number);
-        } else if let (Some(image), Some(domain)) = (image, &space.domain) {
+        } else if let (Needs::Image(image), Some(domain)) = (needed, &space.domain) {
             domain.images.lock().unadopt_ref(image);
         }
         Ok(is_entered)
     }
 
-    /// Of an alias, the number of its image, on which a reference is taken now, be it there or not:
-    /// `Some(Some(number))`. Of any other page `Some(None)`, and of an alias of nothing `None`.
-    #[allow(clippy::option_option, reason = "the three cases are what it says")]
-    fn image_of(&self, space: &Space, found: &Found) -> Result<Option<Option<u32>>, Shortage> {
+    /// Takes a reference on the image that an alias needs, be it entered already or not.
+    fn need_image(&self, space: &Space, found: &Found) -> Needs {
         if found.header.kind != Kind::Alias {
-            return Ok(Some(None));
+            return Needs::Nothing;
         }
         let number = self.core.image_number(found.place, &found.header);
         let (Some(number), Some(domain)) = (number, &space.domain) else {
-            return Ok(None);
+            return Needs::Nowhere;
         };
-        let mut images = domain.images.lock();
-        self.make_room_for(&mut images, number)?;
-        Ok(images.adopt_ref(number).then_some(Some(number)))
+        if domain.images.lock().adopt_ref(number) {
+            Needs::Image(number)
+        } else {
+            Needs::Nowhere
+        }
     }
 
     fn enter_into_index(&self, space: &Space, key: &Key, found: &Found) -> Result<bool, Shortage> {
@@ -208,7 +195,7 @@ impl Reader<'_> {
             owner.reserve_anyway(space.bill_bytes(core, header.len));
         });
         space.page_in(core, header);
-        core.note_twin(space.domain.as_deref(), header, found.place);
+        core.note_twin(space.sharing_domain(), header, found.place);
         if let Some(old) = prepared.old {
             self.discarded.fetch_add(1, Relaxed);
             self.supersede(space, old);

@@ -8,7 +8,7 @@ use std::ptr::{NonNull, null_mut};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, MsyncFlags, ProtFlags, madvise, mmap, msync, munmap};
 
 /// Maps the first `len` bytes of a file.
 pub(super) fn map(file: &OwnedFd, len: usize) -> io::Result<NonNull<u8>> {
@@ -86,4 +86,13 @@ pub(super) unsafe fn punch(
             done => return Ok(done?),
         }
     }
+}
+
+/// Writes a part of a mapping to the disk that its file is on, and waits.
+///
+/// # Safety
+/// The part lies in a mapping.
+pub(super) unsafe fn sync(pointer: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: inside the mapping, as the caller says; no byte is changed.
+    Ok(unsafe { msync(pointer.cast(), len, MsyncFlags::SYNC) }?)
 }
