@@ -76,7 +76,8 @@ impl Host {
         let target = Target {
             store: &self.store,
             client: &self.client,
-            max_pools: terms.max_pools,
+            features: terms.features,
+            max_pools: POOLS,
         };
         let effect = execute(target, &self.memory, &mut self.workspace, parsed);
         assert!(effect.used as usize <= MAX_WRITABLE);
@@ -90,7 +91,6 @@ fuzz_target!(|input: Input| {
     let terms = Terms {
         features: u64::from(input.features) & feature::ALL,
         indirect: input.indirect,
-        max_pools: POOLS,
     };
     HOST.with_borrow_mut(|host| {
         host.reset();

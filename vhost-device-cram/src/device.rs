@@ -338,7 +338,6 @@ impl Device {
         Terms {
             features: features & feature::ALL,
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
-            max_pools: self.guest.offer.max_pools,
         }
     }
 
@@ -488,6 +487,7 @@ impl Device {
         let target = Target {
             store: &self.guest.store,
             client: &self.guest.account,
+            features: terms.features,
             max_pools: self.guest.offer.max_pools,
         };
         let counters = &self.guest.counters;

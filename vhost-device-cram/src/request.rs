@@ -40,8 +40,6 @@ pub struct Terms {
     pub features: u64,
     /// Indirect descriptors were accepted.
     pub indirect: bool,
-    /// Pool ids are below this.
-    pub max_pools: u32,
 }
 
 /// Where a ring's descriptors lie.
@@ -435,9 +433,6 @@ impl Chain {
             (false, false) => PoolKind::PrivateEphemeral,
             (false, true) => PoolKind::SharedEphemeral { uuid: body.uuid },
         };
-        if pool.0 >= terms.max_pools {
-            return Err(status::DENIED);
-        }
         Ok(Request::NewPool(
             pool,
             PoolSpec {

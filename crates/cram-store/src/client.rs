@@ -46,6 +46,17 @@ pub enum PoolKind {
     },
 }
 
+impl PoolKind {
+    /// What a shared pool is named by.
+    #[must_use]
+    pub fn uuid(self) -> Option<[u8; 16]> {
+        match self {
+            Self::SharedEphemeral { uuid } => Some(uuid),
+            Self::Persistent | Self::PrivateEphemeral => None,
+        }
+    }
+}
+
 /// How a pool is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PoolSpec {
@@ -65,7 +76,8 @@ pub enum PoolError {
     /// A pool with this id is there and is different.
     #[error("a different pool has this id")]
     Exists,
-    /// The operator does not allow this client that shared pool; or the client was removed.
+    /// The operator does not allow this client that shared pool; or it has it under another id; or
+    /// the client was removed.
     #[error("this client may not open that pool")]
     Denied,
     /// No room for the pool's own structures, in the store or in the client's quota.
@@ -229,9 +241,15 @@ impl Client {
         is_allowed
     }
 
-    /// Withdraws what [`Self::authorise`] allowed. Pools that are open stay open.
+    /// Withdraws what [`Self::authorise`] allowed: the client loses the pool, too, if it has it.
     pub fn revoke(&self, uuid: &[u8; 16]) {
+        let mut pools = self.pools.write();
         let _ = self.change(|durable| _ = durable.authorised.remove(uuid));
+        let is_it = |_: &PoolId, pool: &mut Arc<Pool>| pool.spec().kind.uuid() == Some(*uuid);
+        for (id, pool) in pools.by_id.extract_if(is_it) {
+            self.core.erase_entry(&self.pool_key(id));
+            self.leave(&pool);
+        }
     }
 
     /// Makes a pool, or finds it when it is there with the very same spec. How many pages are in
@@ -240,9 +258,6 @@ impl Client {
     /// # Errors
     /// See [`PoolError`]. Nothing was changed then.
     pub fn new_pool(&self, id: PoolId, spec: PoolSpec) -> Result<u64, PoolError> {
-        if id.0 >= self.max_pools {
-            return Err(PoolError::BadId);
-        }
         let mut pools = self.pools.write();
         if pools.is_closed {
             return Err(PoolError::Denied);
@@ -253,6 +268,16 @@ impl Client {
             } else {
                 Err(PoolError::Exists)
             };
+        }
+        // One that was made when there might be more is still found.
+        if id.0 >= self.max_pools {
+            return Err(PoolError::BadId);
+        }
+        if let Some(uuid) = spec.kind.uuid()
+            && let mut others = pools.by_id.values()
+            && others.any(|pool| pool.spec().kind.uuid() == Some(uuid))
+        {
+            return Err(PoolError::Denied);
         }
         let space = match spec.kind {
             PoolKind::Persistent => self.new_space(Keeping::Persistent)?,

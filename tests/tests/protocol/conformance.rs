@@ -150,13 +150,13 @@ impl Channel for Direct {
         let terms = Terms {
             features: feature::ALL,
             indirect: true,
-            max_pools: 16,
         };
         let parsed = self.workspace.chain().parse(&self.memory, table, 0, &terms);
         let target = Target {
             store: &self.store,
             client: &self.client,
-            max_pools: terms.max_pools,
+            features: terms.features,
+            max_pools: 16,
         };
         let effect = execute(target, &self.memory, &mut self.workspace, parsed);
         let mut written = Vec::new();
