@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use crate::budget::{Shortage, add_within};
+use crate::budget::{Budget, Shortage, add_within};
 use crate::queue::Queue;
 use crate::settings::{ClientSettings, DEFAULT_WEIGHT};
 use crate::stats::Tally;
@@ -159,6 +159,49 @@ impl Account {
     /// Takes bytes off the bill.
     pub(crate) fn release(&self, bytes: u64) {
         self.used_bytes.fetch_sub(bytes, Relaxed);
+    }
+}
+
+/// Who pays for a space's tables: the store with bytes of its budget, an account with its quota. So
+/// what an account is billed is what is there, and neither limit is passed even for a moment.
+#[derive(Clone, Copy)]
+pub(crate) struct Purse<'a> {
+    pub(crate) budget: &'a Budget,
+    pub(crate) payer: &'a Account,
+}
+
+impl Purse<'_> {
+    /// Both, or neither.
+    pub(crate) fn reserve(&self, bytes: u64) -> Result<(), Shortage> {
+        self.reserve_beside(bytes, 0)
+    }
+
+    /// For something that will take the place of `old` bytes, which stay reserved until
+    /// [`Self::release_replaced`]. The account is billed only what it will be larger.
+    pub(crate) fn reserve_beside(&self, new: u64, old: u64) -> Result<(), Shortage> {
+        let more = new.saturating_sub(old);
+        self.payer.reserve(more)?;
+        self.budget
+            .reserve(new)
+            .inspect_err(|_| self.payer.release(more))
+    }
+
+    /// Nothing came of [`Self::reserve_beside`].
+    pub(crate) fn cancel(&self, new: u64, old: u64) {
+        self.budget.release(new);
+        self.payer.release(new.saturating_sub(old));
+    }
+
+    /// What was replaced is freed, and what is there instead takes `made` bytes of the `new` ones.
+    pub(crate) fn release_replaced(&self, new: u64, old: u64, made: u64) {
+        self.budget.release(new + old - made);
+        let billed = old + new.saturating_sub(old);
+        self.payer.release(billed - made);
+    }
+
+    pub(crate) fn release(&self, bytes: u64) {
+        self.budget.release(bytes);
+        self.payer.release(bytes);
     }
 }
 

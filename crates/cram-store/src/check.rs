@@ -145,7 +145,7 @@ impl<'a> Walk<'a> {
             let index = shard.lock();
             index.verify()?;
             index_bytes += index.held_bytes();
-            index_bill += Space::index_bill_bytes(index.extent());
+            index_bill += index.held_bytes();
             for (_, number) in index.numbers() {
                 if !self.numbers.insert(number) {
                     return Err(format!("number {number} is two objects'"));
@@ -224,6 +224,9 @@ impl<'a> Walk<'a> {
                     return Err(format!("number {number} leads to that of another"));
                 }
                 self.catalogue += self.core.record_bytes(header.len);
+                if let Some(space) = self.core.space(object.space) {
+                    self.bill(space.payer.number).bytes += space.object_copy_bytes(self.core);
+                }
             }
         }
         match self.numbers.iter().next() {

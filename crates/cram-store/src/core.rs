@@ -375,10 +375,9 @@ impl Core {
         &self,
         number: u32,
         object: &Object,
-        is_evictable: bool,
+        copies: usize,
     ) -> Result<[Option<Place>; 2], Shortage> {
         let payload: [u8; OBJECT_BYTES] = object_to_bytes(object);
-        let copies = if is_evictable { 1 } else { 2 };
         self.write_copies((Kind::Object, number, 0), 0, &payload, copies)
     }
 

@@ -8,7 +8,7 @@
 //! is found in one probe, a range costs the lesser of its width and what the
 //! object stores, and destroying costs what is destroyed.
 //!
-//! Every byte that the tables allocate is reserved with the [`Budget`] before
+//! Every byte that the tables allocate is reserved with the [`Purse`] before
 //! it is allocated and released after it was freed; `bytes` is the sum.
 //!
 //! Invariants: each leaf is in `by_key` once, and in its object's list once; a
@@ -22,8 +22,9 @@ use hashbrown::HashTable;
 use siphasher::sip::SipHasher13;
 
 use crate::ObjectId;
+use crate::account::Purse;
 use crate::arena::Place;
-use crate::budget::{Budget, Shortage};
+use crate::budget::Shortage;
 use crate::leaf::{Leaf, NONE, PAGES_PER_LEAF};
 use crate::tables::{
     grow_table, leaves_bytes, reserve_leaves, reserve_table, resize_leaves, resize_slots,
@@ -128,11 +129,6 @@ impl Index {
         self.bytes
     }
 
-    /// How many leaves and objects there are.
-    pub(crate) fn extent(&self) -> (usize, usize) {
-        (self.leaves.len(), self.objects.len())
-    }
-
     fn leaf(&self, at: u32) -> Option<&Leaf> {
         self.leaves.get(at as usize)
     }
@@ -170,19 +166,19 @@ impl Index {
         hash: u64,
         key: &Key,
         numbers: &impl Numbers,
-        budget: &Budget,
+        purse: &Purse<'_>,
     ) -> Result<Prepared, Shortage> {
         let at = match self.find(hash, key.object, key.region()) {
             Some(at) => {
                 let leaf = self.leaves.get_mut(at as usize).ok_or(Shortage::Store)?;
                 if let Some(capacity) = leaf.growth(key.bit()) {
-                    resize_slots(leaf, capacity, &mut self.bytes, budget)?;
+                    resize_slots(leaf, capacity, &mut self.bytes, purse)?;
                 }
                 at
             }
             None => self
-                .add_leaf(hash, key, numbers, budget)
-                .inspect_err(|_| self.shrink_if_empty(budget))?,
+                .add_leaf(hash, key, numbers, purse)
+                .inspect_err(|_| self.shrink_if_empty(purse))?,
         };
         let leaf = self.leaf(at).ok_or(Shortage::Store)?;
         Ok(Prepared {
@@ -200,8 +196,8 @@ impl Index {
     }
 
     /// The page does not come after all.
-    pub(crate) fn cancel(&mut self, prepared: Prepared, numbers: &impl Numbers, budget: &Budget) {
-        self.tidy_leaf(prepared.leaf, numbers, budget);
+    pub(crate) fn cancel(&mut self, prepared: Prepared, numbers: &impl Numbers, purse: &Purse<'_>) {
+        self.tidy_leaf(prepared.leaf, numbers, purse);
     }
 
     /// At recovery, while it is empty: room for exactly so many leaves and objects.
@@ -209,12 +205,12 @@ impl Index {
         &mut self,
         leaves: usize,
         objects: usize,
-        budget: &Budget,
+        purse: &Purse<'_>,
     ) -> Result<(), Shortage> {
         let bytes = &mut self.bytes;
-        reserve_leaves(&mut self.leaves, leaves, bytes, budget)?;
-        reserve_table(&mut self.by_key, leaves, bytes, budget)?;
-        reserve_table(&mut self.objects, objects, bytes, budget)
+        reserve_leaves(&mut self.leaves, leaves, bytes, purse)?;
+        reserve_table(&mut self.by_key, leaves, bytes, purse)?;
+        reserve_table(&mut self.objects, objects, bytes, purse)
     }
 
     /// Adds a leaf with room for a page, and links it. On a shortage no leaf was.
@@ -223,16 +219,16 @@ impl Index {
         hash: u64,
         key: &Key,
         numbers: &impl Numbers,
-        budget: &Budget,
+        purse: &Purse<'_>,
     ) -> Result<u32, Shortage> {
         let at = u32::try_from(self.leaves.len())
             .ok()
             .filter(|at| *at != NONE);
         let at = at.ok_or(Shortage::Store)?;
         let (object, region) = (key.object, key.region());
-        self.make_room(budget)?;
+        self.make_room(purse)?;
         let mut leaf = Leaf::new(object, region, 0);
-        resize_slots(&mut leaf, 1, &mut self.bytes, budget)?;
+        resize_slots(&mut leaf, 1, &mut self.bytes, purse)?;
         let object_hash = self.keys.hash_one(object);
         let known = self
             .objects
@@ -246,7 +242,7 @@ impl Index {
                 let number = numbers.assign(object).inspect_err(|_| {
                     let freed = leaf.held_bytes();
                     self.bytes -= freed;
-                    budget.release(freed);
+                    purse.release(freed);
                 })?;
                 let entry = Object {
                     id: object,
@@ -273,15 +269,15 @@ impl Index {
     }
 
     /// Room for one more leaf and object in all three tables.
-    fn make_room(&mut self, budget: &Budget) -> Result<(), Shortage> {
+    fn make_room(&mut self, purse: &Purse<'_>) -> Result<(), Shortage> {
         if self.leaves.len() == self.leaves.capacity() {
-            resize_leaves(&mut self.leaves, &mut self.bytes, budget)?;
+            resize_leaves(&mut self.leaves, &mut self.bytes, purse)?;
         }
         let (leaves, keys) = (&self.leaves, self.keys);
-        grow_table(&mut self.by_key, &mut self.bytes, budget, |at| {
+        grow_table(&mut self.by_key, &mut self.bytes, purse, |at| {
             hash_of_leaf(keys, leaves, *at)
         })?;
-        grow_table(&mut self.objects, &mut self.bytes, budget, |entry| {
+        grow_table(&mut self.objects, &mut self.bytes, purse, |entry| {
             keys.hash_one(entry.id)
         })
     }
@@ -293,7 +289,7 @@ impl Index {
         hash: u64,
         key: &Key,
         numbers: &impl Numbers,
-        budget: &Budget,
+        purse: &Purse<'_>,
         is_it: impl FnOnce(Place) -> bool,
         gone: impl FnOnce(Place),
     ) -> bool {
@@ -307,7 +303,7 @@ impl Index {
         let was_there = removed.is_some();
         if let Some(place) = removed {
             gone(place);
-            self.tidy_leaf(at, numbers, budget);
+            self.tidy_leaf(at, numbers, purse);
         }
         was_there
     }
@@ -318,11 +314,11 @@ impl Index {
         hash: u64,
         (object, region, mask): (ObjectId, u32, u64),
         numbers: &impl Numbers,
-        budget: &Budget,
+        purse: &Purse<'_>,
         gone: impl FnMut(Place),
     ) {
         if let Some(at) = self.find(hash, object, region) {
-            self.strip_leaf(at, mask, numbers, budget, gone);
+            self.strip_leaf(at, mask, numbers, purse, gone);
         }
     }
 
@@ -330,7 +326,7 @@ impl Index {
     pub(crate) fn remove_last(
         &mut self,
         numbers: &impl Numbers,
-        budget: &Budget,
+        purse: &Purse<'_>,
         gone: impl FnMut(Place),
     ) -> bool {
         let Some(at) = self
@@ -341,7 +337,7 @@ impl Index {
         else {
             return false;
         };
-        self.strip_leaf(at, u64::MAX, numbers, budget, gone);
+        self.strip_leaf(at, u64::MAX, numbers, purse, gone);
         true
     }
 
@@ -350,7 +346,7 @@ impl Index {
         at: u32,
         mask: u64,
         numbers: &impl Numbers,
-        budget: &Budget,
+        purse: &Purse<'_>,
         mut gone: impl FnMut(Place),
     ) {
         let Some(leaf) = self.leaf_mut(at) else {
@@ -365,7 +361,7 @@ impl Index {
                 gone(place);
             }
         }
-        self.tidy_leaf(at, numbers, budget);
+        self.tidy_leaf(at, numbers, purse);
     }
 
     /// How many leaves of an object are in this shard.
@@ -390,19 +386,19 @@ impl Index {
     }
 
     /// After removals: the leaf shrinks, or goes when it is empty.
-    fn tidy_leaf(&mut self, at: u32, numbers: &impl Numbers, budget: &Budget) {
+    fn tidy_leaf(&mut self, at: u32, numbers: &impl Numbers, purse: &Purse<'_>) {
         let Some(leaf) = self.leaves.get_mut(at as usize) else {
             return;
         };
         if leaf.present() == 0 {
-            self.drop_leaf(at, numbers, budget);
+            self.drop_leaf(at, numbers, purse);
         } else if let Some(capacity) = leaf.shrinkage() {
             // Needs the smaller table beside the larger one; without room it just stays wide.
-            let _ = resize_slots(leaf, capacity, &mut self.bytes, budget);
+            let _ = resize_slots(leaf, capacity, &mut self.bytes, purse);
         }
     }
 
-    fn drop_leaf(&mut self, at: u32, numbers: &impl Numbers, budget: &Budget) {
+    fn drop_leaf(&mut self, at: u32, numbers: &impl Numbers, purse: &Purse<'_>) {
         self.sibling_unlink(at, numbers);
         let Some(leaf) = self.leaf(at) else { return };
         let hash = leaf_hash(self.keys, leaf.object, leaf.region);
@@ -413,9 +409,9 @@ impl Index {
         let freed = leaf.held_bytes();
         drop(leaf);
         self.bytes -= freed;
-        budget.release(freed);
+        purse.release(freed);
         self.follow_moved(at);
-        self.shrink(budget);
+        self.shrink(purse);
     }
 
     /// The last leaf has taken the place `at` of one that went: whatever pointed to it follows.
@@ -470,31 +466,31 @@ impl Index {
     }
 
     /// Tables that have grown for a leaf that did not come after all.
-    fn shrink_if_empty(&mut self, budget: &Budget) {
+    fn shrink_if_empty(&mut self, purse: &Purse<'_>) {
         if self.leaves.is_empty() {
-            self.shrink(budget);
+            self.shrink(purse);
         }
     }
 
     /// Gives memory back when most of it is unused, and all of it when nothing is left.
-    fn shrink(&mut self, budget: &Budget) {
+    fn shrink(&mut self, purse: &Purse<'_>) {
         if self.leaves.is_empty() {
             let freed = self.bytes;
             self.leaves = Vec::new();
             self.by_key = HashTable::new();
             self.objects = HashTable::new();
             self.bytes = 0;
-            budget.release(freed);
+            purse.release(freed);
             return;
         }
         if self.leaves.capacity() >= 64 && self.leaves.len() < self.leaves.capacity() / 4 {
-            let _ = resize_leaves(&mut self.leaves, &mut self.bytes, budget);
+            let _ = resize_leaves(&mut self.leaves, &mut self.bytes, purse);
         }
         let (leaves, keys) = (&self.leaves, self.keys);
-        shrink_table(&mut self.by_key, &mut self.bytes, budget, |at| {
+        shrink_table(&mut self.by_key, &mut self.bytes, purse, |at| {
             hash_of_leaf(keys, leaves, *at)
         });
-        shrink_table(&mut self.objects, &mut self.bytes, budget, |entry| {
+        shrink_table(&mut self.objects, &mut self.bytes, purse, |entry| {
             keys.hash_one(entry.id)
         });
     }

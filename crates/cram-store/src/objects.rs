@@ -250,6 +250,10 @@ impl Table {
 }
 
 impl Objects {
+    /// What an entry takes, in bytes.
+    pub(crate) const ENTRY_BYTES: u64 =
+        (size_of::<Entry>() + size_of::<Chunk>() / CHUNK as usize) as u64;
+
     /// Bytes that the table takes.
     pub(crate) fn held_bytes(&self) -> u64 {
         self.bytes.load(Relaxed)
@@ -431,7 +435,7 @@ impl Objects {
         &self,
         budget: &Budget,
         is_wanted: impl Fn(u32) -> bool,
-        mut gone: impl FnMut(Place),
+        mut gone: impl FnMut(&Object, Place),
     ) {
         let mut table = self.table.write();
         table.first_open = NONE;
@@ -447,11 +451,9 @@ impl Objects {
                     chunk.used += 1;
                     continue;
                 }
-                entry
-                    .copies
-                    .iter_mut()
-                    .filter_map(Option::take)
-                    .for_each(&mut gone);
+                for place in entry.copies.iter_mut().filter_map(Option::take) {
+                    gone(&entry.object, place);
+                }
                 entry.is_free = true;
                 entry.next = chunk.first_free;
                 chunk.first_free = offset;

@@ -289,7 +289,12 @@ impl Reader<'_> {
             &core.budget,
             |number| objects.has(number),
             // No loss: a number may outlive its last page.
-            |place| core.kill_copies([Some(place), None]),
+            |object, place| {
+                core.kill_copies([Some(place), None]);
+                if let Some(space) = core.space(object.space) {
+                    space.payer.release(space.object_copy_bytes(core));
+                }
+            },
         );
         core.sweep_accounts();
     }

@@ -11,14 +11,15 @@
 use std::sync::Arc;
 
 use crate::ObjectId;
-use crate::account::Account;
+use crate::account::{Account, Purse};
 use crate::arena::{Damaged, Header, Kind, Place, Record, mix};
 use crate::budget::Shortage;
+use crate::catalogue::OBJECT_BYTES;
 use crate::core::{Core, Target};
 use crate::domain::Domain;
 use crate::index::{HashKeys, Index, Key, Numbers, Prepared, leaf_hash};
 use crate::leaf::PAGES_PER_LEAF;
-use crate::objects::Object;
+use crate::objects::{Object, Objects};
 use crate::queue::Class;
 use crate::replace::{How, Old, Slot};
 use crate::stats::{Amounts, PoolStats, Tally};
@@ -37,13 +38,6 @@ pub(crate) enum Keeping {
     Shared = 3,
 }
 
-/// What a page is billed beside its record, in bytes: its slot, and its share of what finds it.
-const PAGE_BYTES: u64 = 8;
-/// What a leaf is billed, in bytes: its entry in three tables.
-const LEAF_BYTES: u64 = 160;
-/// What an object is billed for each shard that it has pages in, in bytes: its records, and its
-/// entry in two tables.
-const OBJECT_BYTES: u64 = 256;
 /// What a client is billed for a page in a shared pool beyond that, in bytes: there nobody can say
 /// whose page made a table grow.
 const SHARED_PAGE_BYTES: u64 = 64;
@@ -96,7 +90,7 @@ impl Numbers for Numbering<'_> {
         };
         let core = self.core;
         core.objects.assign(object, &core.budget, |number| {
-            core.write_object(number, &object, self.space.is_evictable())
+            self.space.write_object(core, number, &object)
         })
     }
 
@@ -104,6 +98,7 @@ impl Numbers for Numbering<'_> {
         let core = self.core;
         core.objects.withdraw(number, &core.budget, |place| {
             core.kill_copies([Some(place), None]);
+            self.space.payer.release(self.space.object_copy_bytes(core));
         });
     }
 }
@@ -173,6 +168,16 @@ pub(crate) enum Obstacle {
     /// No room for the index.
     Index,
     PoolGone,
+}
+
+impl Obstacle {
+    /// A table could not grow.
+    fn of_index(why: Shortage) -> Self {
+        match why {
+            Shortage::Store => Self::Index,
+            Shortage::Quota => Self::Quota,
+        }
+    }
 }
 
 impl Space {
@@ -267,12 +272,40 @@ impl Space {
         } else {
             0
         };
-        core.record_bytes(payload) + PAGE_BYTES + shared
+        core.record_bytes(payload) + shared
     }
 
-    /// What its index is billed to the payer, for so many leaves and objects.
-    pub(crate) fn index_bill_bytes((leaves, objects): (usize, usize)) -> u64 {
-        leaves as u64 * LEAF_BYTES + objects as u64 * OBJECT_BYTES
+    /// Who pays for its tables.
+    pub(crate) fn purse<'a>(&'a self, core: &'a Core) -> Purse<'a> {
+        Purse {
+            budget: &core.budget,
+            payer: &self.payer,
+        }
+    }
+
+    /// What the payer is billed for one record of an object: the record, and with all of them its
+    /// entry in the table of objects.
+    pub(crate) fn object_copy_bytes(&self, core: &Core) -> u64 {
+        core.record_bytes(OBJECT_BYTES) + Objects::ENTRY_BYTES / self.object_copies() as u64
+    }
+
+    /// How many records an object has.
+    pub(crate) fn object_copies(&self) -> usize {
+        if self.is_evictable() { 1 } else { 2 }
+    }
+
+    /// Writes the records of an object, and bills them.
+    fn write_object(
+        &self,
+        core: &Core,
+        number: u32,
+        object: &Object,
+    ) -> Result<[Option<Place>; 2], Shortage> {
+        let copies = self.object_copies();
+        let bytes = self.object_copy_bytes(core) * copies as u64;
+        self.payer.reserve(bytes)?;
+        core.write_object(number, object, copies)
+            .inspect_err(|_| self.payer.release(bytes))
     }
 
     /// Calls `act` with the account that is billed for pages of this object number.
@@ -329,27 +362,16 @@ impl Space {
         if index.is_dead || incoming.is_left.load(Relaxed) {
             return Err(Obstacle::PoolGone);
         }
-        let before = Self::index_bill_bytes(index.extent());
-        let prepared = index.prepare(hash, key, &numbering, &core.budget);
+        let purse = self.purse(core);
+        let prepared = index.prepare(hash, key, &numbering, &purse);
         // On a shortage, too: some table may have grown before another could not.
         shard.publish(&index);
-        let prepared = prepared.map_err(|_| Obstacle::Index)?;
-        let grown = Self::index_bill_bytes(index.extent()) - before;
-        let entered = self.pay(grown).and_then(|()| {
-            self.replace(core, target, key, incoming, &mut index, prepared)
-                .inspect_err(|_| self.payer.release(grown))
-        });
-        entered.inspect_err(|_| {
-            index.cancel(prepared, &numbering, &core.budget);
-            shard.publish(&index);
-        })
-    }
-
-    fn pay(&self, bytes: u64) -> Result<(), Obstacle> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.payer.reserve(bytes).map_err(|_| Obstacle::Quota)
+        let prepared = prepared.map_err(Obstacle::of_index)?;
+        self.replace(core, target, key, incoming, &mut index, prepared)
+            .inspect_err(|_| {
+                index.cancel(prepared, &numbering, &purse);
+                shard.publish(&index);
+            })
     }
 
     /// Puts the record of a page, for which room was made in the index, in the place of the older one.
@@ -363,11 +385,11 @@ impl Space {
         prepared: Prepared,
     ) -> Result<(), Obstacle> {
         let number = if self.is_shared() {
-            let write = |number, object| core.write_object(number, &object, true);
+            let write = |number, object| self.write_object(core, number, &object);
             let owner = incoming.owner;
             core.objects
                 .of_owner(prepared.number, owner, &core.budget, write)
-                .map_err(|_| Obstacle::Index)?
+                .map_err(Obstacle::of_index)?
         } else {
             prepared.number
         };
@@ -511,14 +533,14 @@ impl Space {
         let mut index = shard.lock();
         let was_there = self.taking_out(core, shard, &mut index, |index, numbering| {
             let gone = |place| self.page_out(core, place);
-            index.remove(hash, key, numbering, &core.budget, is_it, gone)
+            index.remove(hash, key, numbering, &self.purse(core), is_it, gone)
         });
         drop(index);
         core.relieve();
         was_there
     }
 
-    /// Does what takes pages out of a shard, and what has to be done about the bill then.
+    /// Does what takes pages out of a shard, and tells those in a hurry.
     fn taking_out<T>(
         &self,
         core: &Core,
@@ -526,12 +548,7 @@ impl Space {
         index: &mut Index,
         act: impl FnOnce(&mut Index, &Numbering<'_>) -> T,
     ) -> T {
-        let before = Self::index_bill_bytes(index.extent());
         let result = act(index, &self.numbering(core, self.payer.number));
-        let freed = before - Self::index_bill_bytes(index.extent());
-        if freed > 0 {
-            self.payer.release(freed);
-        }
         shard.publish(index);
         result
     }
@@ -583,7 +600,13 @@ impl Space {
                 self.page_out(core, place);
                 removed += 1;
             };
-            index.remove_masked(hash, (object, region, mask), numbering, &core.budget, gone);
+            index.remove_masked(
+                hash,
+                (object, region, mask),
+                numbering,
+                &self.purse(core),
+                gone,
+            );
         });
         drop(index);
         core.relieve();
@@ -611,7 +634,7 @@ impl Space {
                         self.page_out(core, place);
                         removed += 1;
                     };
-                    index.remove_last(numbering, &core.budget, gone)
+                    index.remove_last(numbering, &self.purse(core), gone)
                 });
                 drop(index);
                 core.relieve();

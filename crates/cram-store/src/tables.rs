@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! How the index's tables grow and shrink: every byte is reserved with the
-//! [`Budget`] before it is allocated, the new table beside the old one while
+//! [`Purse`] before it is allocated, the new table beside the old one while
 //! both exist, and released after it was freed. `bytes` is always the running
 //! sum of what the tables of one shard have allocated.
 
 use hashbrown::HashTable;
 
-use crate::budget::{Budget, Shortage, malloc_bytes};
+use crate::account::Purse;
+use crate::budget::{Shortage, malloc_bytes};
 use crate::leaf::{Leaf, slots_bytes};
 
 /// What a table of so many leaves takes, in bytes.
@@ -25,15 +26,15 @@ pub(crate) fn resize_slots(
     leaf: &mut Leaf,
     capacity: usize,
     bytes: &mut u64,
-    budget: &Budget,
+    purse: &Purse<'_>,
 ) -> Result<(), Shortage> {
     let (old, new) = (leaf.held_bytes(), slots_bytes(capacity));
-    budget.reserve(new)?;
+    purse.reserve_beside(new, old)?;
     if !leaf.set_capacity(capacity) {
-        budget.release(new);
+        purse.cancel(new, old);
         return Err(Shortage::Store);
     }
-    budget.release(old);
+    purse.release_replaced(new, old, new);
     *bytes = *bytes + new - old;
     Ok(())
 }
@@ -42,19 +43,19 @@ pub(crate) fn resize_slots(
 pub(crate) fn resize_leaves(
     leaves: &mut Vec<Leaf>,
     bytes: &mut u64,
-    budget: &Budget,
+    purse: &Purse<'_>,
 ) -> Result<(), Shortage> {
     let capacity = leaves.len() + (leaves.len() / 2).max(2);
     let (old, new) = (leaves_bytes(leaves.capacity()), leaves_bytes(capacity));
-    budget.reserve(new)?;
+    purse.reserve_beside(new, old)?;
     let mut moved = Vec::new();
     if moved.try_reserve_exact(capacity).is_err() {
-        budget.release(new);
+        purse.cancel(new, old);
         return Err(Shortage::Store);
     }
     moved.append(leaves);
     *leaves = moved;
-    budget.release(old);
+    purse.release_replaced(new, old, new);
     *bytes = *bytes + new - old;
     Ok(())
 }
@@ -64,12 +65,12 @@ pub(crate) fn reserve_leaves(
     leaves: &mut Vec<Leaf>,
     count: usize,
     bytes: &mut u64,
-    budget: &Budget,
+    purse: &Purse<'_>,
 ) -> Result<(), Shortage> {
     let new = leaves_bytes(count);
-    budget.reserve(new)?;
+    purse.reserve(new)?;
     if leaves.try_reserve_exact(count).is_err() {
-        budget.release(new);
+        purse.release(new);
         return Err(Shortage::Store);
     }
     *bytes += new;
@@ -81,7 +82,7 @@ pub(crate) fn reserve_table<T>(
     table: &mut HashTable<T>,
     count: usize,
     bytes: &mut u64,
-    budget: &Budget,
+    purse: &Purse<'_>,
 ) -> Result<(), Shortage> {
     // As hashbrown has it: a power of two of which seven eighths are used, and a byte for each.
     let buckets = match count {
@@ -92,11 +93,11 @@ pub(crate) fn reserve_table<T>(
         _ => (count * 8 / 7).next_power_of_two(),
     };
     let most = malloc_bytes(buckets * (size_of::<T>() + 1) + 64);
-    budget.reserve(most)?;
+    purse.reserve(most)?;
     let reserved = table.try_reserve(count, |_| 0);
     let new = table_bytes(table);
     debug_assert!(new <= most);
-    budget.release(most - new.min(most));
+    purse.release(most - new.min(most));
     *bytes += new;
     reserved.map_err(|_| Shortage::Store)
 }
@@ -111,18 +112,18 @@ fn grown_table_bytes<T>(table: &HashTable<T>) -> u64 {
 pub(crate) fn grow_table<T>(
     table: &mut HashTable<T>,
     bytes: &mut u64,
-    budget: &Budget,
+    purse: &Purse<'_>,
     hasher: impl Fn(&T) -> u64,
 ) -> Result<(), Shortage> {
     if table.len() < table.capacity() {
         return Ok(());
     }
     let (old, most) = (table_bytes(table), grown_table_bytes(table));
-    budget.reserve(most)?;
+    purse.reserve_beside(most, old)?;
     let grown = table.try_reserve(1, hasher);
     let new = table_bytes(table);
     debug_assert!(new <= most.max(old));
-    budget.release(most + old - new);
+    purse.release_replaced(most, old, new);
     *bytes = *bytes + new - old;
     grown.map_err(|_| Shortage::Store)
 }
@@ -131,7 +132,7 @@ pub(crate) fn grow_table<T>(
 pub(crate) fn shrink_table<T>(
     table: &mut HashTable<T>,
     bytes: &mut u64,
-    budget: &Budget,
+    purse: &Purse<'_>,
     hasher: impl Fn(&T) -> u64,
 ) {
     if table.capacity() < 64 || table.len() >= table.capacity() / 8 {
@@ -140,7 +141,7 @@ pub(crate) fn shrink_table<T>(
     let old = table_bytes(table);
     // A quarter of the capacity stays, rounded up to a power of two.
     let most = old / 2 + 64;
-    if budget.reserve(most).is_err() {
+    if purse.reserve_beside(most, old).is_err() {
         return;
     }
     let mut smaller = HashTable::new();
@@ -152,27 +153,37 @@ pub(crate) fn shrink_table<T>(
     }
     let new = table_bytes(table);
     debug_assert!(new <= most || new == old);
-    budget.release(most + old - new);
+    purse.release_replaced(most, old, new);
     *bytes = *bytes + new - old;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::account::{Account, Holder};
+    use crate::budget::Budget;
+
+    fn payer() -> Account {
+        Account::new(0, Holder::Client, "", None, 1)
+    }
 
     #[test]
     fn a_table_that_is_made_at_once_is_no_larger_than_one_that_has_grown() {
         let hash = |number: &u32| u64::from(*number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         for count in (0..200).chain([447, 448, 449, 1000, 3583, 3584, 3585]) {
-            let budget = Budget::new(1 << 20);
+            let (budget, payer) = (Budget::new(1 << 20), payer());
+            let purse = Purse {
+                budget: &budget,
+                payer: &payer,
+            };
             let (mut grown, mut bytes) = (HashTable::new(), 0);
             for number in 0..count {
-                grow_table(&mut grown, &mut bytes, &budget, hash).unwrap();
+                grow_table(&mut grown, &mut bytes, &purse, hash).unwrap();
                 grown.insert_unique(hash(&number), number, hash);
             }
             let (mut made, mut made_bytes) = (HashTable::<u32>::new(), 0);
-            let budget = Budget::new(1 << 20);
-            reserve_table(&mut made, count as usize, &mut made_bytes, &budget).unwrap();
+            purse.release(bytes);
+            reserve_table(&mut made, count as usize, &mut made_bytes, &purse).unwrap();
             assert_eq!(
                 (made_bytes, budget.held_bytes()),
                 (table_bytes(&made), made_bytes)
@@ -187,12 +198,19 @@ mod tests {
     /// Grows and shrinks a table step by step, and compares the bill with the allocation.
     #[test]
     fn a_hash_table_is_billed_for_what_it_allocates() {
-        let budget = Budget::new(1 << 20);
+        let (budget, payer) = (Budget::new(1 << 20), payer());
+        let purse = Purse {
+            budget: &budget,
+            payer: &payer,
+        };
         let hash = |number: &u32| u64::from(*number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let (mut table, mut bytes, mut number) = (HashTable::new(), 0, 0_u32);
-        while grow_table(&mut table, &mut bytes, &budget, hash).is_ok() {
+        while grow_table(&mut table, &mut bytes, &purse, hash).is_ok() {
             table.insert_unique(hash(&number), number, hash);
-            assert_eq!((bytes, budget.held_bytes()), (table_bytes(&table), bytes));
+            assert_eq!(
+                (bytes, budget.held_bytes(), payer.used_bytes()),
+                (table_bytes(&table), bytes, bytes)
+            );
             number += 1;
         }
         assert!(number > 50_000, "{number}");
@@ -201,8 +219,11 @@ mod tests {
                 .find_entry(hash(&number), |entry| *entry == number)
                 .unwrap()
                 .remove();
-            shrink_table(&mut table, &mut bytes, &budget, hash);
-            assert_eq!((bytes, budget.held_bytes()), (table_bytes(&table), bytes));
+            shrink_table(&mut table, &mut bytes, &purse, hash);
+            assert_eq!(
+                (bytes, budget.held_bytes(), payer.used_bytes()),
+                (table_bytes(&table), bytes, bytes)
+            );
         }
         assert!(bytes < 1000, "{bytes}");
         assert!(budget.held_bytes_max() <= 1 << 20);

@@ -282,6 +282,9 @@ impl Reader<'_> {
                     Ok(true) => {
                         numbers = numbers.max(number as usize + 1);
                         self.live(found.place);
+                        if let Some(space) = object.and_then(|object| core.space(object.space)) {
+                            space.payer.reserve_anyway(space.object_copy_bytes(core));
+                        }
                     }
                     Ok(false) => self.discard(found.place),
                     Err(why) => entered = Err(why),

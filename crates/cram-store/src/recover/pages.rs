@@ -174,21 +174,18 @@ impl Reader<'_> {
         };
         let (shard, hash) = space.find(key.object, key.region());
         let mut index = shard.lock();
-        let before = Space::index_bill_bytes(index.extent());
-        let prepared = index.prepare(hash, key, &numbering, &core.budget)?;
+        let purse = space.purse(core);
+        let prepared = index.prepare(hash, key, &numbering, &purse)?;
         let is_its_number = prepared.number == header.number
             || space.is_shared() && core.objects.join(prepared.number, header.number);
         let old = prepared.old.and_then(|old| core.arena.header(old).ok());
         let is_better = old.is_none_or(|old| is_newer(header.generation, old.generation));
         if !is_its_number || !is_better {
-            index.cancel(prepared, &numbering, &core.budget);
+            index.cancel(prepared, &numbering, &purse);
             shard.publish(&index);
             return Ok(false);
         }
         index.enter(prepared, found.place);
-        space
-            .payer
-            .reserve_anyway(Space::index_bill_bytes(index.extent()) - before);
         shard.publish(&index);
         let _ = core.arena.accept(found.place);
         space.with_owner(core, header.number, |owner| {

@@ -14,8 +14,9 @@ use hashbrown::HashTable;
 
 use super::{Needed, Reader};
 use crate::PAGE_SIZE;
+use crate::account::{Account, Holder, Purse};
 use crate::arena::{Found, Kind, Role, SpanHeader, Trust, mix};
-use crate::budget::{Budget, Shortage};
+use crate::budget::Shortage;
 use crate::codec::Scratch;
 use crate::leaf::{PAGES_PER_LEAF, slots_bytes};
 use crate::sync::Mutex;
@@ -81,7 +82,7 @@ pub(super) struct Survey {
 }
 
 impl Survey {
-    fn note_leaf(&self, leaf: SeenLeaf, pages: u64, budget: &Budget) -> Result<(), Shortage> {
+    fn note_leaf(&self, leaf: SeenLeaf, pages: u64, purse: &Purse<'_>) -> Result<(), Shortage> {
         let hash = leaf.hash();
         // Bits that the table inside does not look at.
         let at = usize::try_from(hash >> 32 & 0xffff).unwrap_or(0) % TABLES;
@@ -93,7 +94,7 @@ impl Survey {
             *known = known.plus(pages);
             return Ok(());
         }
-        grow_table(leaves, bytes, budget, |leaf| leaf.hash())?;
+        grow_table(leaves, bytes, purse, |leaf| leaf.hash())?;
         leaves.insert_unique(hash, leaf.plus(pages), |leaf| leaf.hash());
         Ok(())
     }
@@ -113,7 +114,7 @@ impl Survey {
 /// Pages of one leaf that follow each other in the log, which they mostly do: noted at once.
 struct Run<'a> {
     survey: &'a Survey,
-    budget: &'a Budget,
+    purse: Purse<'a>,
     leaf: SeenLeaf,
     pages: u64,
     shortage: Result<(), Shortage>,
@@ -132,7 +133,7 @@ impl Run<'_> {
     fn end(&mut self) {
         let pages = std::mem::take(&mut self.pages);
         if pages > 0 && self.shortage.is_ok() {
-            self.shortage = self.survey.note_leaf(self.leaf, pages, self.budget);
+            self.shortage = self.survey.note_leaf(self.leaf, pages, &self.purse);
         }
     }
 }
@@ -152,10 +153,15 @@ impl Reader<'_> {
         };
         let is_kept: Vec<_> = found.iter().map(|_| AtomicU64::new(0)).collect();
         let next = AtomicU64::new(0);
+        // The tables are gone before anybody is there to be billed.
+        let nobody = Account::new(0, Holder::Gone, "", None, 1);
         let work = || -> Result<(), Shortage> {
             let mut run = Run {
                 survey: &survey,
-                budget: &self.core.budget,
+                purse: Purse {
+                    budget: &self.core.budget,
+                    payer: &nobody,
+                },
                 leaf: SeenLeaf(u64::MAX),
                 pages: 0,
                 shortage: Ok(()),
@@ -261,7 +267,7 @@ impl Reader<'_> {
                 && let Some(shard) = space.shards().get(shard)
             {
                 let mut index = shard.lock();
-                index.reserve_exact(leaves, numbers, &core.budget)?;
+                index.reserve_exact(leaves, numbers, &space.purse(core))?;
                 shard.publish(&index);
             }
         }
