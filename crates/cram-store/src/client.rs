@@ -422,7 +422,9 @@ impl Client {
             return PRESSURE_MAX;
         }
         let own = self.quota_bytes().map_or(0, |quota| {
-            between(self.account.committed_bytes(), low_watermark(quota), quota)
+            // Full is when a page that does not compress finds no room, and a leaf for it.
+            let full = quota.saturating_sub(2 * crate::PAGE_SIZE as u64);
+            between(self.account.committed_bytes(), low_watermark(full), full)
         });
         own.max(self.core.pressure())
     }
