@@ -17,7 +17,8 @@ use guest::{POOLS, RING, Write, empty, memory, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
 use vhost_device_cram::balance::{Balance, Policy};
 use vhost_device_cram::execute::{Target, Workspace, execute};
-use vhost_device_cram::request::{Memory, Parsed, Table, Terms};
+use vhost_device_cram::request::{Parsed, Table, Terms};
+use vhost_device_cram::vhost::memory::Memory;
 
 /// Longer ones only take longer.
 const STEPS_MAX: usize = 48;
@@ -79,7 +80,8 @@ impl Host {
             store: &self.store,
             client: &self.client,
             balance: &self.balance,
-            max_pools: terms.max_pools,
+            features: terms.features,
+            max_pools: POOLS,
         };
         let effect = execute(target, &self.memory, &mut self.workspace, parsed);
         assert!(effect.used as usize <= MAX_WRITABLE);
@@ -93,7 +95,6 @@ fuzz_target!(|input: Input| {
     let terms = Terms {
         features: u64::from(input.features) & feature::ALL,
         indirect: input.indirect,
-        max_pools: POOLS,
     };
     HOST.with_borrow_mut(|host| {
         host.reset();

@@ -15,17 +15,15 @@ use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use cram_store::Store;
-use guest::{LOW_BYTES, POOLS, Place, RING, Write, empty, memory, store, table_at, wipe};
+use guest::{LOW_BYTES, POOLS, Place, RING, Write, empty, memory, regions, store, table_at, wipe};
 use libfuzzer_sys::fuzz_target;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::ftruncate;
 use vhost_device_cram::announce::Announcer;
 use vhost_device_cram::client::{Guest, Offer};
 use vhost_device_cram::device::{Device, FEATURES};
-use vhost_device_cram::ring::Vring;
-use vhost_device_cram::sigbus::{StoreMapping, take_lost};
-use vhost_user_backend::{VhostUserBackend, VringT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+use vhost_device_cram::vhost::memory::Memory;
+use vm_memory::{Bytes, GuestAddress};
 
 const STEPS_MAX: usize = 48;
 const QUEUES: u16 = 2;
@@ -73,7 +71,6 @@ enum Step {
 struct Host {
     store: Arc<Store>,
     guest: Arc<Guest>,
-    _mapping: StoreMapping,
 }
 
 thread_local! {
@@ -95,13 +92,13 @@ impl Host {
         let guest = Guest::new(
             "guest".into(),
             "/".into(),
+            false,
             Arc::clone(&store),
             account,
             offer,
             Arc::new(Announcer::default()),
         );
         Self {
-            _mapping: StoreMapping::protect(store.mapping()).unwrap(),
             guest: Arc::new(guest),
             store,
         }
@@ -134,10 +131,9 @@ fn used_at(queue: u16) -> u64 {
 }
 
 struct Run {
-    memory: GuestMemoryAtomic<GuestMemoryMmap<()>>,
+    memory: Arc<Memory>,
     file: std::fs::File,
     device: Device,
-    vrings: Vec<Vring>,
     /// The file was cut short at some time.
     has_shrunk: bool,
     /// What was made available; as long as nothing was done to the queue that makes that moot.
@@ -147,17 +143,15 @@ struct Run {
 impl Run {
     fn new(host: &Host, input: &Input) -> Self {
         let (memory, file) = memory();
-        let memory = GuestMemoryAtomic::new(memory);
-        let device = Device::new(Arc::clone(&host.guest), memory.clone()).unwrap();
-        device.acked_features(FEATURES & (input.features | 1 << 32));
-        let vrings = (0..=QUEUES)
-            .map(|_| Vring::new(memory.clone(), RING).unwrap())
-            .collect();
+        let memory = Arc::new(memory);
+        let device = Device::new(Arc::clone(&host.guest)).unwrap();
+        device.use_memory(&memory);
+        let event_idx = u64::from(input.event_idx) << 29;
+        device.set_features(FEATURES & (input.features & !(1 << 29) | event_idx | 1 << 32));
         let mut run = Self {
             memory,
             file,
             device,
-            vrings,
             has_shrunk: false,
             offered: vec![Some(0); usize::from(QUEUES) + 1],
         };
@@ -168,34 +162,32 @@ impl Run {
                 available_at(queue),
                 used_at(queue),
             );
-            run.vrings[usize::from(queue)].set_queue_event_idx(input.event_idx);
         }
         run
     }
 
     fn set_up(&mut self, queue: u16, descriptors: u64, available: u64, used: u64) {
-        let vring = &self.vrings[usize::from(queue)];
-        vring.set_queue_size(RING);
-        if vring.set_queue_info(descriptors, available, used).is_ok() {
-            vring.set_queue_next_avail(0);
-            vring.set_queue_next_used(0);
-            vring.set_queue_ready(true);
-            vring.set_enabled(true);
+        let queue = usize::from(queue);
+        let is_set = self.device.rings()[queue]
+            .lock()
+            .set_addresses(descriptors, available, used);
+        if is_set.is_ok() {
+            let mut ring = self.device.rings()[queue].lock();
+            ring.set_size(RING).unwrap();
+            ring.set_base(0);
+            ring.set_enabled(true);
+            drop(ring);
+            let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            self.device.start_ring(queue, kick).unwrap();
         }
     }
 
     fn load(&self, address: u64) -> u16 {
-        self.memory
-            .memory()
-            .load(GuestAddress(address), SeqCst)
-            .unwrap_or(0)
+        self.memory.load(GuestAddress(address), SeqCst).unwrap_or(0)
     }
 
     fn store(&self, address: u64, value: u16) {
-        let _ = self
-            .memory
-            .memory()
-            .store(value, GuestAddress(address), SeqCst);
+        let _ = self.memory.store(value, GuestAddress(address), SeqCst);
     }
 
     /// Nothing more is known of what the device should complete.
@@ -203,19 +195,13 @@ impl Run {
         self.offered.fill(None);
     }
 
-    /// False when the device serves no more, since memory went away too often.
-    fn kick(&self, queue: u16) -> bool {
-        // Worker 0 has the event queue, the others one request queue each, on two processors or more.
-        let workers = self.device.queues_per_thread();
-        let of = workers
-            .iter()
-            .position(|queues| queues >> queue & 1 == 1)
-            .unwrap();
-        let mine: Vec<Vring> = (0..=QUEUES)
-            .filter(|queue| workers[of] >> queue & 1 == 1)
-            .map(|queue| self.vrings[usize::from(queue)].clone())
-            .collect();
-        let is_served = self.device.handle_event(0, EventSet::IN, &mine, of).is_ok();
+    /// False when the device serves no more, since memory went away.
+    fn kick(&self) -> bool {
+        // All workers look; the queues that were not kicked have nothing to do, or are kicked early.
+        for worker in 0..self.device.workers() {
+            self.device.serve(worker);
+        }
+        let is_served = !self.device.is_closing();
         assert!(is_served || self.has_shrunk, "the connection ended");
         is_served
     }
@@ -227,7 +213,7 @@ impl Run {
                 if may_reach_rings(write) {
                     self.spoil();
                 }
-                write.apply(&self.memory.memory());
+                write.apply(&self.memory);
             }
             Step::Offer { queue, head } => {
                 let queue = number(queue);
@@ -246,9 +232,7 @@ impl Run {
             }
             Step::Kick { queue } => {
                 let queue = number(queue);
-                // The driver's own accesses find memory missing, too.
-                take_lost();
-                if self.kick(queue) {
+                if self.kick() {
                     self.expect_completed(queue);
                 }
             }
@@ -266,10 +250,7 @@ impl Run {
             }
             Step::Reset { queue } => {
                 let queue = number(queue);
-                let vring = &self.vrings[usize::from(queue)];
-                vring.set_enabled(false);
-                vring.set_queue_ready(false);
-                self.device.stop_vring(queue.into()).unwrap();
+                self.device.stop_ring(queue.into());
                 self.store(available_at(queue) + 2, 0);
                 self.store(used_at(queue) + 2, 0);
                 self.offered[usize::from(queue)] = Some(0);
@@ -282,8 +263,11 @@ impl Run {
             }
             Step::Unplug => {
                 self.spoil();
-                let region = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
-                self.memory.lock().unwrap().replace(region);
+                let [_, high] = regions();
+                if let Ok(memory) = self.memory.without(high) {
+                    self.memory = Arc::new(memory);
+                    self.device.use_memory(&self.memory);
+                }
             }
             Step::Shrink(all) => {
                 self.spoil();
@@ -322,7 +306,7 @@ fuzz_target!(|input: Input| {
         Run::new(host, &input)
     });
     let mut run = run;
-    wipe(&run.memory.memory());
+    wipe(&run.memory);
     for step in input.steps.iter().take(STEPS_MAX) {
         run.step(step);
     }

@@ -51,7 +51,7 @@ fn find_workers() -> Result<usize> {
     for thread in std::fs::read_dir("/proc/self/task")? {
         let thread = thread?;
         let name = std::fs::read_to_string(thread.path().join("comm"))?;
-        if name.trim_end() == "vring_worker" {
+        if name.trim_end() == "worker" {
             let number = thread.file_name().to_string_lossy().parse()?;
             WORKERS[found].store(number, Relaxed);
             found += 1;

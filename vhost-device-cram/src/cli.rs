@@ -10,7 +10,7 @@ use cram_store::Background;
 
 use crate::balance::{Copies, Policy};
 use crate::client::Offer;
-use crate::server::{Options, StoreOptions};
+use crate::server::{GuestOptions, Options, StoreOptions};
 use crate::size;
 
 /// The smallest store that is of any use.
@@ -26,8 +26,8 @@ const POLL_US_MAX: u32 = 1_000_000;
 ///
 /// One process serves many guests: give --socket-path once for each of them, and start QEMU
 /// with -chardev socket,id=cram0,path=SOCKET,reconnect-ms=500 and
-/// -device vhost-user-cram-pci,chardev=cram0. What guests stored is kept until the daemon ends,
-/// also while they are not connected.
+/// -device vhost-user-cram-pci,chardev=cram0. What a guest stored is kept until the daemon ends, or
+/// another virtual machine comes to its socket; also while it is not connected.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(
     name = "vhost-device-cram",
@@ -36,14 +36,26 @@ const POLL_US_MAX: u32 = 1_000_000;
                   --control-socket /run/cram/control.sock --capacity 4G"
 )]
 pub struct Arguments {
-    /// Listen for a guest's QEMU here; repeat for more guests
+    /// Listen for a guest's QEMU here; repeat for more guests. Its name is the file's, without what
+    /// comes behind the last dot
     #[arg(
         long = "socket-path",
         short = 's',
         value_name = "SOCKET",
-        required = true
+        required_unless_present = "guests"
     )]
     pub socket_paths: Vec<PathBuf>,
+
+    /// The same with a name, by which the guest's account is known for ever: name=vm1,socket=SOCKET.
+    /// With trust-socket=on, whoever connects is taken for the virtual machine that was there before,
+    /// and gets its pages
+    #[arg(long = "guest", short = 'g', value_name = "name=NAME,socket=SOCKET", value_parser = guest)]
+    pub guests: Vec<GuestOptions>,
+
+    /// Drop pages of a guest to which nobody was connected for so long [default: never]
+    #[arg(long, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub forget_after: Option<u32>,
 
     /// Listen for cramctl here (only this user may connect)
     #[arg(long, short = 'C', value_name = "SOCKET")]
@@ -53,7 +65,8 @@ pub struct Arguments {
     #[arg(long, short = 'c', value_name = "SIZE", value_parser = size::parse)]
     pub capacity: u64,
 
-    /// Memory that each guest may use [default: the capacity]
+    /// Memory that each guest may use, if the arena does not know it with a quota of its own
+    /// [default: the capacity]
     #[arg(long, short = 'q', value_name = "SIZE", value_parser = size::parse)]
     pub quota: Option<u64>,
 
@@ -149,6 +162,31 @@ pub enum Sandbox {
     Off,
 }
 
+/// A guest, as words with commas between them.
+fn guest(text: &str) -> Result<GuestOptions, String> {
+    const USAGE: &str = "write name=NAME,socket=SOCKET and maybe trust-socket=on, without commas \
+                         in them";
+    let (mut name, mut socket, mut trusts_socket) = (None, None, None);
+    for part in text.split(',') {
+        let is_first = match part.split_once('=') {
+            Some(("name", word)) if !word.is_empty() => name.replace(word).is_none(),
+            Some(("socket", path)) if !path.is_empty() => socket.replace(path).is_none(),
+            Some(("trust-socket", "on")) => trusts_socket.replace(true).is_none(),
+            Some(("trust-socket", "off")) => trusts_socket.replace(false).is_none(),
+            _ => false,
+        };
+        if !is_first {
+            return Err(USAGE.to_owned());
+        }
+    }
+    let (name, socket) = name.zip(socket).ok_or(USAGE)?;
+    Ok(GuestOptions {
+        name: name.to_owned(),
+        socket: PathBuf::from(socket),
+        trusts_socket: trusts_socket.unwrap_or_default(),
+    })
+}
+
 fn queue_size(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
         Ok(size) if size.is_power_of_two() && size <= QUEUE_SIZE_MAX => Ok(size),
@@ -216,11 +254,19 @@ impl Arguments {
                 size::show(self.capacity)
             ));
         }
-        let mut paths: Vec<_> = self
-            .socket_paths
-            .iter()
-            .chain(&self.control_socket)
-            .collect();
+        let unnamed = self.socket_paths.iter().cloned();
+        let unnamed = unnamed.map(GuestOptions::of_socket);
+        let guests: Vec<_> = self.guests.iter().cloned().chain(unnamed).collect();
+        let mut names: Vec<_> = guests.iter().map(|guest| guest.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(&[name, _]) = names.windows(2).find(|pair| pair.first() == pair.last()) {
+            return Err(format!(
+                "two guests would be called {name}; give one of them another name: --guest \
+                 name=NAME,socket=SOCKET"
+            ));
+        }
+        let sockets = guests.iter().map(|guest| &guest.socket);
+        let mut paths: Vec<_> = sockets.chain(&self.control_socket).collect();
         paths.sort();
         if let Some(twice) = paths.windows(2).find(|pair| pair.first() == pair.get(1)) {
             let path = twice
@@ -232,7 +278,10 @@ impl Arguments {
             ));
         }
         Ok(Options {
-            sockets: self.socket_paths.clone(),
+            guests,
+            keep: self
+                .forget_after
+                .map(|seconds| Duration::from_secs(seconds.into())),
             control_socket: self.control_socket.clone(),
             store: StoreOptions {
                 capacity_bytes: self.capacity,
@@ -301,6 +350,32 @@ pub fn one_line(error: &clap::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guests_are_read() {
+        let read = |text: &str| guest(text).ok();
+        let vm1 = |trusts_socket| GuestOptions {
+            name: "vm1".into(),
+            socket: "/run/a.sock".into(),
+            trusts_socket,
+        };
+        assert_eq!(read("name=vm1,socket=/run/a.sock"), Some(vm1(false)));
+        let trusted = "socket=/run/a.sock,trust-socket=on,name=vm1";
+        assert_eq!(read(trusted), Some(vm1(true)));
+        for wrong in [
+            "",
+            "vm1",
+            "name=vm1",
+            "socket=/run/a.sock",
+            "name=,socket=/run/a.sock",
+            "name=vm1,socket=/run/a.sock,",
+            "name=vm1,name=vm2,socket=/run/a.sock",
+            "name=vm1,socket=/run/a.sock,trust-socket=maybe",
+            "name=vm1,socket=/run/a.sock,colour=red",
+        ] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn lists_of_processors_are_read() {

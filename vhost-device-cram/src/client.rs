@@ -2,16 +2,17 @@
 
 //! A guest: what stands behind one vhost-user socket, for as long as the daemon lives.
 //!
-//! A guest is told from others by the socket that it comes through, never by anything it says.
-//! Its pools and pages outlive its connections; [`Device`] is one connection.
+//! The account is the socket's; the pages in it are one virtual machine's, which its front-end names by
+//! a cookie that the guest can neither read nor write ([`Guest::claim`]). They outlive connections;
+//! [`Device`] is one connection.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cram_abi::wire::{Config, MAX_BATCH, PAGE_SHIFT, PRESSURE_MAX, VERSION, feature, state};
-use cram_store::{Client, Store};
+use cram_store::{Client, Store, StoreError};
 use parking_lot::Mutex;
 
 use crate::announce::{Announcer, is_worth_announcing};
@@ -74,19 +75,27 @@ impl Counters {
     }
 }
 
+/// What a front-end knows its virtual machine by.
+pub type Instance = [u8; 16];
+/// The instance of one that did not say.
+pub const NO_INSTANCE: Instance = [0; 16];
+
 #[derive(Debug)]
 struct Announced {
     pressure: u32,
     quota_bytes: u64,
     policy: u32,
+    generation: u64,
 }
 
 /// A guest.
 pub struct Guest {
-    /// Name for people, made from the socket's.
+    /// Its name, which is also that of its account.
     pub name: String,
     /// The socket.
     pub socket: PathBuf,
+    /// Whoever connects to the socket is the virtual machine that was there before.
+    pub trusts_socket: bool,
     /// The store.
     pub store: Arc<Store>,
     /// The guest's account in the store.
@@ -103,6 +112,8 @@ pub struct Guest {
     pub counters: Counters,
     announced: Mutex<Announced>,
     connection: Mutex<Weak<Device>>,
+    /// Whose pages they are changes for one at a time; and since when nobody is connected.
+    away_since: Mutex<Instant>,
 }
 
 impl Guest {
@@ -110,6 +121,7 @@ impl Guest {
     pub fn new(
         name: String,
         socket: PathBuf,
+        trusts_socket: bool,
         store: Arc<Store>,
         account: Arc<Client>,
         offer: Offer,
@@ -122,10 +134,12 @@ impl Guest {
             pressure: 0,
             quota_bytes,
             policy: 0,
+            generation: account.generation(),
         };
         Guest {
             name,
             socket,
+            trusts_socket,
             store,
             account,
             balance: Balance::new(offer.policy),
@@ -135,7 +149,63 @@ impl Guest {
             counters: Counters::default(),
             announced: Mutex::new(announced),
             connection: Mutex::new(Weak::new()),
+            away_since: Mutex::new(Instant::now()),
         }
+    }
+
+    /// A front-end says which virtual machine it has, or nothing. Unless it is the one whose pages
+    /// these are, all of them go.
+    ///
+    /// # Errors
+    /// When the store cannot do that; then the front-end must not be served.
+    pub fn claim(&self, instance: Option<Instance>) -> Result<(), StoreError> {
+        let _alone = self.away_since.lock();
+        let known = self.account.instance();
+        let is_same = instance == Some(known);
+        let is_used = known != NO_INSTANCE || !self.account.pools().is_empty();
+        if !is_same && is_used && !self.trusts_socket {
+            self.drop_pages("another virtual machine came")?;
+        }
+        let now = match instance {
+            Some(instance) => instance,
+            None if self.trusts_socket => known,
+            None => NO_INSTANCE,
+        };
+        if now != known {
+            self.account.set_instance(now)?;
+        }
+        Ok(())
+    }
+
+    /// Drops all pools and pages. The guest, if there is one, finds another generation.
+    ///
+    /// # Errors
+    /// When the store cannot, and then nothing was done.
+    pub fn reset(&self) -> Result<u64, StoreError> {
+        let _alone = self.away_since.lock();
+        let pages = self.drop_pages("the operator said so")?;
+        self.announcer.poke();
+        Ok(pages)
+    }
+
+    /// Drops them when nobody was connected for `limit`.
+    ///
+    /// # Errors
+    /// When the store cannot.
+    pub fn forget_after(&self, limit: Duration) -> Result<(), StoreError> {
+        let away_since = self.away_since.lock();
+        let is_away = !self.is_connected() && away_since.elapsed() >= limit;
+        if is_away && !self.account.pools().is_empty() {
+            self.drop_pages("nobody was connected for as long as they are kept")?;
+        }
+        Ok(())
+    }
+
+    fn drop_pages(&self, why: &str) -> Result<u64, StoreError> {
+        let pages = self.account.stats().pages_stored;
+        self.account.reset()?;
+        log::info!("{}: {pages} pages dropped: {why}", self.name);
+        Ok(pages)
     }
 
     /// The configuration space, as of now.
@@ -149,7 +219,7 @@ impl Guest {
             quota_bytes: self.quota_bytes().into(),
             pressure: self.pressure().into(),
             state: state::READY.into(),
-            generation: self.store.generation().into(),
+            generation: self.account.generation().into(),
             policy: self.balance.bits(self.fullness()).into(),
             ..Config::default()
         }
@@ -181,6 +251,13 @@ impl Guest {
         *self.connection.lock() = Arc::downgrade(device);
     }
 
+    /// The connection is over.
+    pub fn detach(&self) {
+        let mut away_since = self.away_since.lock();
+        *self.connection.lock() = Weak::new();
+        *away_since = Instant::now();
+    }
+
     /// The connection that serves the guest now.
     pub fn connection(&self) -> Option<Arc<Device>> {
         self.connection.lock().upgrade()
@@ -191,11 +268,14 @@ impl Guest {
         self.connection.lock().strong_count() > 0
     }
 
-    /// Announces pressure and quota where they differ enough from what was announced before.
+    /// Announces generation, pressure and quota where they differ enough from what was announced before.
     pub fn announce_changes(&self) {
         let (pressure, quota_bytes) = (self.pressure(), self.quota_bytes());
         let policy = self.balance.bits(self.fullness());
+        let generation = self.account.generation();
         let mut announced = self.announced.lock();
+        let generation_changed = announced.generation != generation;
+        announced.generation = generation;
         let pressure_changed = is_worth_announcing(announced.pressure, pressure);
         let quota_changed = announced.quota_bytes != quota_bytes;
         if pressure_changed {
@@ -209,7 +289,7 @@ impl Guest {
         let policy_changed = announced.policy != policy;
         announced.policy = policy;
         drop(announced);
-        if (pressure_changed || quota_changed || policy_changed)
+        if (generation_changed || pressure_changed || quota_changed || policy_changed)
             && let Some(device) = self.connection()
         {
             device.announce_config_change();

@@ -1,67 +1,64 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One connection of a guest: the device as vhost-user-backend drives it.
+//! One connection of a guest: its rings, and how they are served.
 //!
 //! Workers: worker 0 has the event queue; each of the others has a group of request queues and
 //! memory of its own, so workers share nothing on the way to the store. A worker serves its
 //! rings in turn, a bounded batch at a time, with notifications off, until all are empty.
 //!
-//! Rule: [`VhostUserBackend::handle_event`] returns `Err` in one case only, when the connection
-//! has ended and the worker shall end with it. Nothing that a guest does may be one.
+//! A front-end sets the rings up ([`session`](crate::vhost::session)), threads run them
+//! ([`worker`](crate::worker)).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use cram_abi::wire::{EVENT_QUEUE, EVENT_SIZE, feature};
-use parking_lot::Mutex;
+use cram_store::StoreError;
+use parking_lot::{Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendFlags, send};
 use rustix::thread::{CpuSet, sched_setaffinity};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
-use vmm_sys_util::epoll::EventSet;
 use zerocopy::IntoBytes;
 
-use crate::client::{Counters, Guest};
+use crate::client::{Counters, Guest, Instance};
 use crate::execute::{Target, Workspace, execute};
 use crate::patience::Patience;
-use crate::request::{Memory, Terms};
-use crate::ring::{self, Fault, Vring};
-use crate::sigbus;
+use crate::request::Terms;
+use crate::ring::{Fault, Ring};
+use crate::vhost::memory::Memory;
+use crate::vhost::notifier::{Notifier, NotifierError};
+use crate::worker::Wakers;
 
 /// Pages after which a worker looks at its next queue, and tells the driver what is done: half
 /// a millisecond or so of compression.
 const BATCH_PAGES: u32 = 64;
-/// Chains after which it does so, for requests without pages.
+/// Chains after which it does so, for requests without pages, and for events.
 const BATCH_CHAINS: u32 = 64;
-/// Queues stopped for want of memory after which a connection ends: each time some pages of zeroes
-/// have been mapped, and of mappings a process has so many only.
-const LOSSES_MAX: u32 = 8;
 /// The worker that has the event queue.
 const EVENT_WORKER: usize = 0;
+/// The bit among the virtio features by which a front-end says that it knows protocol features.
+pub const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
 
 /// Virtio features that the device offers.
 pub const FEATURES: u64 = (1 << VIRTIO_F_VERSION_1)
     | (1 << VIRTIO_RING_F_EVENT_IDX)
     | (1 << VIRTIO_RING_F_INDIRECT_DESC)
-    | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    | PROTOCOL_FEATURES_BIT
     | feature::ALL;
 
 struct Worker {
-    /// Request queues of the worker (indexes of the device).
-    queues: Vec<u16>,
+    /// Queues of the worker (indexes of the device).
+    queues: Vec<usize>,
     /// What it works with; only the worker itself looks at it.
     tools: Mutex<Tools>,
-    /// Rung to end the worker, or to have it look at the mailbox.
-    bell: OwnedFd,
+    wakers: Wakers,
 }
 
 struct Tools {
@@ -74,45 +71,51 @@ struct Tools {
 /// One connection.
 pub struct Device {
     guest: Arc<Guest>,
-    memory: GuestMemoryAtomic<Memory>,
+    /// Bits that the driver accepted; none until it has said so.
     features: AtomicU64,
+    /// All queues, by number.
+    rings: Vec<Mutex<Ring>>,
     workers: Vec<Worker>,
-    /// Queues whose rings cannot be trusted, until they are set up anew.
-    stopped: Vec<AtomicBool>,
-    /// How often a queue was stopped since memory was gone.
-    losses: AtomicU32,
     closing: AtomicBool,
-    /// The front-end's channel for requests of ours; the relay finds it.
+    /// Becomes readable when the connection is to end, and stays so.
+    over: OwnedFd,
+    /// Why, when it was not the front-end's wish.
+    failure: Mutex<Option<&'static str>>,
+    /// The front-end's channel for requests of ours.
     backend_channel: Mutex<Option<OwnedFd>>,
 }
 
 impl Device {
     /// A device for one connection of `guest`.
-    pub fn new(guest: Arc<Guest>, memory: GuestMemoryAtomic<Memory>) -> io::Result<Self> {
-        let queues: Vec<u16> = (1..=guest.offer.request_queues).collect();
+    ///
+    /// # Errors
+    /// When there are no descriptors left, or the offer makes no sense.
+    pub fn new(guest: Arc<Guest>) -> io::Result<Self> {
         let offer = &guest.offer;
+        let queues: Vec<usize> = (1..=usize::from(offer.request_queues)).collect();
         let groups = queues.len().min(offer.workers()).max(1);
-        let mut workers = vec![Self::worker(vec![EVENT_QUEUE], offer.poll, None)?];
+        let events = usize::from(EVENT_QUEUE);
+        let mut workers = vec![Self::worker(vec![events], offer.poll, None)?];
         let mut pins = offer.pin.iter().copied().cycle();
         for group in 0..groups {
             let mine = queues.iter().copied().skip(group).step_by(groups).collect();
             workers.push(Self::worker(mine, offer.poll, pins.next())?);
         }
-        let stopped = (0..=queues.len()).map(|_| AtomicBool::new(false)).collect();
+        let rings = (0..=queues.len()).map(|_| Ring::new(offer.queue_size).map(Mutex::new));
+        let rings = rings.collect::<Result<_, _>>().map_err(io::Error::other)?;
         Ok(Device {
             guest,
-            memory,
             features: AtomicU64::new(0),
+            rings,
             workers,
-            stopped,
-            losses: AtomicU32::new(0),
             closing: AtomicBool::new(false),
+            over: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            failure: Mutex::new(None),
             backend_channel: Mutex::new(None),
         })
     }
 
-    fn worker(queues: Vec<u16>, poll: Duration, pin: Option<u32>) -> io::Result<Worker> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    fn worker(queues: Vec<usize>, poll: Duration, pin: Option<u32>) -> io::Result<Worker> {
         let tools = Tools {
             workspace: Workspace::new(),
             patience: Patience::new(poll),
@@ -121,19 +124,23 @@ impl Device {
         Ok(Worker {
             queues,
             tools: Mutex::new(tools),
-            bell,
+            wakers: Wakers::new()?,
         })
     }
 
-    /// The token under which a worker's bell is known to its epoll loop. Smaller ones belong
-    /// to vhost-user-backend.
-    pub fn bell_token(&self) -> u64 {
-        self.num_queues() as u64 + 1
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.workers.len()
     }
 
-    /// The bells, one for each worker.
-    pub fn bells(&self) -> impl Iterator<Item = RawFd> {
-        self.workers.iter().map(|worker| worker.bell.as_raw_fd())
+    /// What wakes worker `number`.
+    pub fn wakers(&self, number: usize) -> Option<&Wakers> {
+        self.workers.get(number).map(|worker| &worker.wakers)
+    }
+
+    /// The queues, by number; 0 is the event queue.
+    pub fn rings(&self) -> &[Mutex<Ring>] {
+        &self.rings
     }
 
     /// Keeps the front-end's channel for our requests.
@@ -141,27 +148,48 @@ impl Device {
         *self.backend_channel.lock() = Some(channel);
     }
 
+    /// Whether the workers are to end.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
     /// Makes every worker end, soon.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
         self.backend_channel.lock().take();
+        // It cannot be full: this is written once or twice.
+        let _ = rustix::io::write(&self.over, &1u64.to_ne_bytes());
         for worker in &self.workers {
-            ring_bell(&worker.bell);
+            worker.wakers.ring();
         }
+    }
+
+    /// The same, for a reason of ours: the first one counts.
+    pub fn fail(&self, why: &'static str) {
+        self.failure.lock().get_or_insert(why);
+        self.close();
+    }
+
+    /// Why the connection ends, if the reason is ours.
+    pub fn failure(&self) -> Option<&'static str> {
+        *self.failure.lock()
+    }
+
+    /// Becomes readable when the connection is to end.
+    pub fn over(&self) -> BorrowedFd<'_> {
+        self.over.as_fd()
     }
 
     /// Has the event worker look at the mailbox.
     pub fn wake_event_worker(&self) {
-        if let Some(worker) = self.workers.get(EVENT_WORKER) {
-            ring_bell(&worker.bell);
+        if let Some(wakers) = self.wakers(EVENT_WORKER) {
+            wakers.ring();
         }
     }
 
-    /// Tells the front-end to read the configuration space and interrupt the guest.
-    ///
-    /// The `vhost` crate has no call for this message, so it is written here: a header without
-    /// body, and without the flag that asks for a reply. A front-end that does not read its
-    /// channel misses the message, and never makes us wait.
+    /// Tells the front-end to read the configuration space and interrupt the guest: a header without
+    /// body, and without the flag that asks for a reply. A front-end that does not read its channel
+    /// misses the message, and never makes us wait.
     pub fn announce_config_change(&self) {
         const CONFIG_CHANGE_MSG: u32 = 2;
         const VERSION_FLAG: u32 = 1;
@@ -184,39 +212,157 @@ impl Device {
         self.features.load(Ordering::Acquire) & bit != 0
     }
 
+    /// Takes over what the driver accepted.
+    pub fn set_features(&self, features: u64) {
+        self.features.store(features, Ordering::Release);
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        for ring in &self.rings {
+            let mut ring = ring.lock();
+            ring.set_event_idx(event_idx);
+            // A front-end that knows no protocol features has no message for this.
+            if features & PROTOCOL_FEATURES_BIT == 0 {
+                ring.set_enabled(true);
+            }
+        }
+        self.look();
+    }
+
+    /// Uses other memory from now on: when this returns, nobody uses what was there before.
+    pub fn use_memory(&self, memory: &Arc<Memory>) {
+        for ring in &self.rings {
+            ring.lock().use_memory(Arc::clone(memory));
+        }
+        self.look();
+    }
+
+    /// Stops all rings, and forgets what was negotiated. The memory stays.
+    pub fn reset(&self) {
+        self.features.store(0, Ordering::Release);
+        for (index, ring) in self.rings.iter().enumerate() {
+            self.stop_ring(index);
+            let mut ring = ring.lock();
+            ring.set_enabled(false);
+            ring.set_error(None);
+        }
+    }
+
+    /// Part of the configuration space; nothing where it has none.
+    pub fn read_config(&self, offset: u32, length: u32) -> Vec<u8> {
+        let config = self.guest.config();
+        let range = usize::try_from(offset)
+            .ok()
+            .zip(usize::try_from(length).ok())
+            .and_then(|(offset, length)| Some(offset..offset.checked_add(length)?));
+        range
+            .and_then(|range| config.as_bytes().get(range))
+            .unwrap_or_default()
+            .to_vec()
+    }
+
+    /// Settles whose pages are served.
+    ///
+    /// # Errors
+    /// When they cannot be.
+    pub fn claim(&self, instance: Option<Instance>) -> Result<(), StoreError> {
+        self.guest.claim(instance)
+    }
+
+    /// Changes a ring while no worker is at it, and has its worker look at it.
+    ///
+    /// # Errors
+    /// What `change` says.
+    pub fn change_ring<T, E>(
+        &self,
+        index: usize,
+        change: impl FnOnce(&mut Ring) -> Result<T, E>,
+    ) -> Result<T, E>
+    where
+        E: From<NotifierError>,
+    {
+        let missing = || E::from(NotifierError::Kind);
+        let ring = self.rings.get(index).ok_or_else(missing)?;
+        let changed = change(&mut ring.lock());
+        if let Some(worker) = self.worker_of(index) {
+            worker.wakers.ring();
+        }
+        changed
+    }
+
+    fn worker_of(&self, index: usize) -> Option<&Worker> {
+        let has_it = |worker: &&Worker| worker.queues.contains(&index);
+        self.workers.iter().find(has_it)
+    }
+
+    /// Starts a ring, or has a started one be kicked by another descriptor.
+    ///
+    /// # Errors
+    /// When nobody can be woken by `kick`.
+    pub fn start_ring(&self, index: usize, kick: OwnedFd) -> Result<(), NotifierError> {
+        if let (Some(worker), Some(ring)) = (self.worker_of(index), self.rings.get(index)) {
+            let wakers = &worker.wakers;
+            wakers.add(&kick)?;
+            if let Some(before) = ring.lock().start(kick) {
+                wakers.remove(&before);
+            }
+            // Kicks from before.
+            wakers.ring();
+        }
+        Ok(())
+    }
+
+    /// Stops a ring: when this returns, nobody serves it. The chain that would be the next.
+    pub fn stop_ring(&self, index: usize) -> u16 {
+        let Some(ring) = self.rings.get(index) else {
+            return 0;
+        };
+        let (next, kick) = ring.lock().stop();
+        if let (Some(worker), Some(kick)) = (self.worker_of(index), kick) {
+            worker.wakers.remove(&kick);
+        }
+        next
+    }
+
+    /// Has all workers look at their rings.
+    fn look(&self) {
+        for worker in &self.workers {
+            worker.wakers.ring();
+        }
+    }
+
+    /// Serves the rings of worker `number`.
+    pub fn serve(&self, number: usize) {
+        match self.workers.get(number) {
+            Some(worker) if number == EVENT_WORKER => self.deliver_events(worker),
+            Some(worker) => self.serve_requests(worker),
+            None => {}
+        }
+    }
+
     fn terms(&self) -> Terms {
         let features = self.features.load(Ordering::Acquire);
         Terms {
             features: features & feature::ALL,
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
-            max_pools: self.guest.offer.max_pools,
         }
     }
 
-    fn is_stopped(&self, queue: u16) -> bool {
-        self.stopped
-            .get(usize::from(queue))
-            .is_none_or(|flag| flag.load(Ordering::Acquire))
-    }
-
-    fn stop_queue(&self, queue: u16, fault: Fault) {
-        if let Some(flag) = self.stopped.get(usize::from(queue)) {
-            flag.store(true, Ordering::Release);
-        }
-        // Whatever this worker met with, the queue's next life is another one.
-        let is_lost = sigbus::take_lost() || fault == Fault::MemoryGone;
-        if is_lost && self.losses.fetch_add(1, Ordering::Relaxed) + 1 >= LOSSES_MAX {
-            self.close();
-        }
+    /// A queue whose ring cannot be trusted is stopped alone; without memory there is no connection.
+    fn stop_queue(&self, queue: usize, mut ring: MutexGuard<'_, Ring>, fault: Fault) {
+        let error = ring.fault();
+        drop(ring);
         Counters::add(&self.guest.counters.queues_stopped, 1);
-        log::warn!(
-            "{}: queue {queue} stopped until it is reset: {fault}",
-            self.guest.name
-        );
+        let name = &self.guest.name;
+        log::warn!("{name}: queue {queue} stopped until it is reset: {fault}");
+        if fault == Fault::MemoryGone {
+            self.fail("part of the guest's memory is gone");
+        }
+        if let Some(error) = error {
+            error.notify();
+        }
     }
 
     /// Serves a group of request queues until all of them are empty, and have been for a while.
-    fn serve_requests(&self, worker: &Worker, vrings: &[Vring]) {
+    fn serve_requests(&self, worker: &Worker) {
         let mut tools = worker.tools.lock();
         let Tools {
             workspace,
@@ -226,17 +372,17 @@ impl Device {
         if let Some(processor) = pin.take() {
             self.run_on(processor);
         }
-        let rings = || worker.queues.iter().copied().zip(vrings);
+        let rings = || {
+            let number = worker.queues.iter().copied();
+            number.filter_map(|queue| self.rings.get(queue).map(|ring| (queue, ring)))
+        };
         Counters::add(&self.guest.counters.wakeups, 1);
         patience.wakes(Instant::now());
         let mut idle_since = None;
-        while !self.closing.load(Ordering::Acquire) {
+        while !self.is_closing() {
             let mut worked = false;
-            for (queue, vring) in rings() {
-                match self.serve_batch(queue, vring, workspace) {
-                    Ok(n) => worked |= n > 0,
-                    Err(fault) => self.stop_queue(queue, fault),
-                }
+            for (queue, ring) in rings() {
+                worked |= self.serve_batch(queue, ring, workspace) > 0;
             }
             if worked {
                 idle_since = None;
@@ -250,11 +396,8 @@ impl Device {
                 }
             }
             let mut arrived = false;
-            for (queue, vring) in rings() {
-                match self.listen(queue, vring) {
-                    Ok(more) => arrived |= more,
-                    Err(fault) => self.stop_queue(queue, fault),
-                }
+            for (queue, ring) in rings() {
+                arrived |= self.listen(queue, ring);
             }
             if !arrived {
                 break;
@@ -283,157 +426,193 @@ impl Device {
         }
     }
 
-    fn listen(&self, queue: u16, vring: &Vring) -> Result<bool, Fault> {
-        if self.is_stopped(queue) {
-            return Ok(false);
+    /// Has the driver notify. Whether something has arrived meanwhile.
+    fn listen(&self, queue: usize, ring: &Mutex<Ring>) -> bool {
+        let mut ring = ring.lock();
+        if !ring.is_running() {
+            return false;
         }
-        let mut state = vring.get_mut();
-        if !ring::is_running(&state) {
-            return Ok(false);
-        }
-        ring::listen(state.get_queue_mut(), &self.memory.memory())
+        ring.listen().unwrap_or_else(|fault| {
+            self.stop_queue(queue, ring, fault);
+            false
+        })
     }
 
     /// Executes and completes a bounded number of chains of one queue. Returns how many.
-    fn serve_batch(
-        &self,
-        queue: u16,
-        vring: &Vring,
-        workspace: &mut Workspace,
-    ) -> Result<u32, Fault> {
-        if self.is_stopped(queue) {
-            return Ok(0);
-        }
+    fn serve_batch(&self, queue: usize, ring: &Mutex<Ring>, workspace: &mut Workspace) -> u32 {
         // Locked for the batch: GET_VRING_BASE waits for it, and so never reports an index
         // that is behind what we execute.
-        let mut state = vring.get_mut();
-        if !ring::is_running(&state) {
-            return Ok(0);
+        let mut ring = ring.lock();
+        if !ring.is_running() {
+            return 0;
         }
-        let memory = self.memory.memory();
-        let queue = state.get_queue_mut();
-        let waiting = ring::pending(queue, &memory);
-        ring::intact()?;
-        let waiting = waiting?;
-        if waiting == 0 {
-            return Ok(0);
+        let mut batch = Batch::default();
+        let outcome = self
+            .execute_batch(&mut ring, workspace, &mut batch)
+            // What was completed before a fault is completed.
+            .and(if batch.chains > 0 {
+                ring.wants_interrupt()
+            } else {
+                Ok(false)
+            });
+        if batch.changed {
+            self.guest.announcer.poke();
         }
-        ring::quiet(queue, &memory)?;
+        let call = ring.call();
+        match outcome {
+            Ok(true) => {
+                // Whoever waits for the ring comes first: a front-end that wants to change it.
+                MutexGuard::unlock_fair(ring);
+                Counters::add(&self.guest.counters.interrupts, 1);
+                notify(call);
+            }
+            Ok(false) => MutexGuard::unlock_fair(ring),
+            Err(fault) => {
+                self.stop_queue(queue, ring, fault);
+                if batch.chains > 0 {
+                    notify(call);
+                }
+            }
+        }
+        batch.chains
+    }
 
+    fn execute_batch(
+        &self,
+        ring: &mut Ring,
+        workspace: &mut Workspace,
+        batch: &mut Batch,
+    ) -> Result<(), Fault> {
+        let waiting = ring.pending()?;
+        if waiting == 0 {
+            return Ok(());
+        }
+        ring.quiet()?;
         let terms = self.terms();
         let target = Target {
             store: &self.guest.store,
             client: &self.guest.account,
             balance: &self.guest.balance,
+            features: terms.features,
             max_pools: self.guest.offer.max_pools,
         };
         let counters = &self.guest.counters;
-        let (mut chains, mut pages, mut changed) = (0, 0, false);
-        let mut outcome = Ok(());
-        while chains < u32::from(waiting).min(BATCH_CHAINS) && pages < BATCH_PAGES {
-            let taken = ring::take(queue, &memory);
-            let done = ring::intact().and(taken).and_then(|head| {
-                let table = ring::table(queue);
-                let parsed = workspace.chain().parse(&memory, table, head, &terms);
-                let effect = execute(target, &memory, workspace, parsed);
-                // Before the driver can see the answer, so that who has it finds it counted.
-                Counters::add(&counters.requests, 1);
-                Counters::add(&counters.malformed, u64::from(effect.malformed));
-                ring::intact()?;
-                ring::complete(queue, &memory, head, effect.used)?;
-                Ok(effect)
-            });
-            match done {
-                Ok(effect) => {
-                    chains += 1;
-                    pages += effect.pages;
-                    changed |= effect.changed;
-                }
-                Err(fault) => {
-                    outcome = Err(fault);
-                    break;
-                }
-            }
+        let memory = Arc::clone(ring.memory());
+        let (limit, table) = (u32::from(waiting).min(BATCH_CHAINS), ring.table());
+        while batch.chains < limit && batch.pages < BATCH_PAGES {
+            let head = ring.next()?;
+            let parsed = workspace.chain().parse(&memory, table, head, &terms);
+            let effect = execute(target, &memory, workspace, parsed);
+            // Before anybody can see the answer, so that who has it finds it counted.
+            batch.changed |= effect.changed;
+            Counters::add(&counters.requests, 1);
+            Counters::add(&counters.malformed, u64::from(effect.malformed));
+            ring.complete(head, effect.used)?;
+            batch.chains += 1;
+            batch.pages += effect.pages;
         }
-        let interrupt = chains > 0 && ring::wants_interrupt(queue, &memory)?;
-        drop(state);
-
-        if interrupt {
-            ring::interrupt(vring);
-        }
-        if changed {
-            self.guest.announcer.poke();
-        }
-        Counters::add(&counters.interrupts, u64::from(interrupt));
-        outcome.map(|()| chains)
+        Ok(())
     }
 
     /// Delivers what is in the mailbox, as far as the driver has given buffers.
-    fn deliver_events(&self, vring: &Vring) {
-        if self.features.load(Ordering::Acquire) & feature::EVENTS == 0 {
+    fn deliver_events(&self, worker: &Worker) {
+        let features = self.features.load(Ordering::Acquire);
+        if features == 0 {
+            // It has not said yet whether it wants any.
+            return;
+        }
+        if features & feature::EVENTS == 0 {
             self.guest.mailbox.clear();
             return;
         }
-        if self.is_stopped(EVENT_QUEUE) {
+        let Some(ring) = self.rings.get(usize::from(EVENT_QUEUE)) else {
             return;
-        }
-        if let Err(fault) = self.try_deliver_events(vring) {
-            self.stop_queue(EVENT_QUEUE, fault);
+        };
+        let mut tools = worker.tools.lock();
+        // A bounded number of buffers at a time, so that whoever wants the ring gets it in between.
+        while !self.is_closing() {
+            let mut ring = ring.lock();
+            if !ring.is_running() {
+                break;
+            }
+            let mut batch = Batch::default();
+            let outcome = self.deliver_batch(&mut ring, &mut tools.workspace, &mut batch);
+            let wants_interrupt = if batch.chains > 0 {
+                ring.wants_interrupt()
+            } else {
+                Ok(false)
+            };
+            let call = ring.call();
+            match outcome.and_then(|more| wants_interrupt.map(|wants| (more, wants))) {
+                Ok((more, wants)) => {
+                    MutexGuard::unlock_fair(ring);
+                    if wants {
+                        notify(call);
+                    }
+                    if !more {
+                        break;
+                    }
+                }
+                Err(fault) => {
+                    self.stop_queue(usize::from(EVENT_QUEUE), ring, fault);
+                    notify(call);
+                    break;
+                }
+            }
         }
     }
 
-    fn try_deliver_events(&self, vring: &Vring) -> Result<(), Fault> {
-        let Some(worker) = self.workers.get(EVENT_WORKER) else {
-            return Ok(());
-        };
-        let mut tools = worker.tools.lock();
-        let chain = tools.workspace.chain();
+    /// Delivers events into some buffers. Whether there may be more to do.
+    fn deliver_batch(
+        &self,
+        ring: &mut Ring,
+        workspace: &mut Workspace,
+        batch: &mut Batch,
+    ) -> Result<bool, Fault> {
+        let mailbox = &self.guest.mailbox;
         let Terms {
             features, indirect, ..
         } = self.terms();
-        let mut state = vring.get_mut();
-        if !ring::is_running(&state) {
-            return Ok(());
-        }
-        let memory = self.memory.memory();
-        let queue = state.get_queue_mut();
-        let (mut delivered, mut completed) = (0, 0u32);
-        loop {
-            let mut waiting = ring::pending(queue, &memory)?;
-            while waiting > 0 {
-                let Some(event) = self.guest.mailbox.take(features) else {
-                    break;
-                };
-                waiting -= 1;
-                let head = ring::take(queue, &memory)?;
-                let fits = chain.parse_event_buffer(&memory, ring::table(queue), head, indirect)
-                    && chain.write_event(&memory, &event);
-                if !fits {
-                    self.guest.mailbox.put_back(event);
-                }
-                ring::intact()?;
-                let used = if fits { EVENT_SIZE } else { 0 };
-                ring::complete(
-                    queue,
-                    &memory,
-                    head,
-                    u32::try_from(used).unwrap_or_default(),
-                )?;
-                delivered += u64::from(fits);
-                completed += 1;
+        let memory = Arc::clone(ring.memory());
+        let chain = workspace.chain();
+        let mut waiting = ring.pending()?;
+        while waiting > 0 {
+            if batch.chains >= BATCH_CHAINS {
+                return Ok(true);
             }
-            // New buffers matter only while something waits for one.
-            if !ring::listen(queue, &memory)? || self.guest.mailbox.is_empty() {
+            let Some(event) = mailbox.take(features) else {
                 break;
+            };
+            waiting -= 1;
+            let delivered = ring.next().and_then(|head| {
+                let fits = chain.parse_event_buffer(&memory, ring.table(), head, indirect)
+                    && chain.write_event(&memory, &event);
+                let used = if fits { EVENT_SIZE } else { 0 };
+                ring.complete(head, u32::try_from(used).unwrap_or_default())?;
+                Ok(fits)
+            });
+            if !matches!(delivered, Ok(true)) {
+                mailbox.put_back(event);
             }
+            Counters::add(&self.guest.counters.events, u64::from(delivered?));
+            batch.chains += 1;
         }
-        let interrupt = completed > 0 && ring::wants_interrupt(queue, &memory)?;
-        drop(state);
-        if interrupt {
-            ring::interrupt(vring);
-        }
-        Counters::add(&self.guest.counters.events, delivered);
-        Ok(())
+        // New buffers matter only while something waits for one.
+        Ok(ring.listen()? && !mailbox.is_empty())
+    }
+}
+
+/// What was done while a ring was locked.
+#[derive(Default)]
+struct Batch {
+    chains: u32,
+    pages: u32,
+    changed: bool,
+}
+
+fn notify(call: Option<Notifier>) {
+    if let Some(call) = call {
+        call.notify();
     }
 }
 
@@ -442,117 +621,4 @@ impl Device {
 pub(crate) fn processors() -> usize {
     static FOUND: OnceLock<usize> = OnceLock::new();
     *FOUND.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
-}
-
-fn ring_bell(bell: &OwnedFd) {
-    // It fails only when the counter is full, and then the bell is ringing.
-    let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-}
-
-fn quiet_bell(bell: impl AsFd) {
-    // It fails only when the bell was not ringing.
-    let _ = rustix::io::read(bell, &mut [0u8; 8]);
-}
-
-impl VhostUserBackend for Device {
-    type Bitmap = ();
-    type Vring = Vring;
-
-    fn num_queues(&self) -> usize {
-        usize::from(self.guest.offer.request_queues) + 1
-    }
-
-    fn max_queue_size(&self) -> usize {
-        usize::from(self.guest.offer.queue_size)
-    }
-
-    fn features(&self) -> u64 {
-        FEATURES
-    }
-
-    fn acked_features(&self, features: u64) {
-        self.features.store(features, Ordering::Release);
-    }
-
-    fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-    }
-
-    fn reset_device(&self) {
-        self.features.store(0, Ordering::Release);
-        for flag in &self.stopped {
-            flag.store(false, Ordering::Release);
-        }
-    }
-
-    fn set_event_idx(&self, _enabled: bool) {
-        // The rings know by themselves.
-    }
-
-    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let config = self.guest.config();
-        let range = usize::try_from(offset)
-            .ok()
-            .zip(usize::try_from(size).ok())
-            .and_then(|(offset, size)| Some(offset..offset.checked_add(size)?));
-        // Nothing at all is how vhost-user-backend is told that the request was wrong.
-        range
-            .and_then(|range| config.as_bytes().get(range))
-            .unwrap_or_default()
-            .to_vec()
-    }
-
-    fn set_config(&self, _offset: u32, _bytes: &[u8]) -> io::Result<()> {
-        // All of it is read-only; writes are ignored, as the protocol says.
-        Ok(())
-    }
-
-    fn update_memory(&self, _memory: GuestMemoryAtomic<Memory>) -> io::Result<()> {
-        // Workers look at the shared memory object anew for every batch.
-        Ok(())
-    }
-
-    fn queues_per_thread(&self) -> Vec<u64> {
-        let mask = |worker: &Worker| worker.queues.iter().fold(0u64, |mask, &q| mask | (1 << q));
-        self.workers.iter().map(mask).collect()
-    }
-
-    fn stop_vring(&self, queue: u32) -> io::Result<()> {
-        // The next life of the ring is another one.
-        if let Some(flag) = usize::try_from(queue)
-            .ok()
-            .and_then(|q| self.stopped.get(q))
-        {
-            flag.store(false, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    fn handle_event(
-        &self,
-        device_event: u16,
-        _events: EventSet,
-        vrings: &[Vring],
-        thread: usize,
-    ) -> io::Result<()> {
-        if self.closing.load(Ordering::Acquire) {
-            return Err(io::Error::other("the connection has ended"));
-        }
-        let Some(worker) = self.workers.get(thread) else {
-            return Ok(());
-        };
-        if u64::from(device_event) == self.bell_token() {
-            quiet_bell(&worker.bell);
-        }
-        match vrings.first() {
-            Some(vring) if thread == EVENT_WORKER => self.deliver_events(vring),
-            _ => self.serve_requests(worker, vrings),
-        }
-        Ok(())
-    }
 }

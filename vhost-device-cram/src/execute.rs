@@ -5,16 +5,19 @@
 //! This room knows the vocabulary of both sides and nothing of rings. A refused page is a
 //! result, not an error; what the store cannot do for reasons of its own is DEVICE_ERROR.
 
+use std::sync::Arc;
+
 use cram_abi::wire::{
-    self, LIMITS_SIZE, Limits, PAGE_SIZE, RESPONSE_SIZE, Response, result, status,
+    self, LIMITS_SIZE, Limits, PAGE_SIZE, RESPONSE_SIZE, Response, feature, result, status,
 };
 use cram_store::{
-    Client, GetResult, ObjectId, PAGE_SIZE as STORE_PAGE_SIZE, Page, PoolError, PoolId, PoolSpec,
-    PutResult, Refusal, Scratch, Store,
+    Client, GetResult, ObjectId, PAGE_SIZE as STORE_PAGE_SIZE, Page, Pool, PoolError, PoolId,
+    PoolKind, PoolSpec, PutResult, Refusal, Scratch, Store,
 };
 
 use crate::balance::Balance;
-use crate::request::{Chain, Memory, Parsed, Request};
+use crate::request::{Chain, Parsed, Request};
+use crate::vhost::memory::Memory;
 
 // A page is the same thing on the wire and in the store.
 const _: () = assert!(STORE_PAGE_SIZE == PAGE_SIZE);
@@ -70,8 +73,38 @@ pub struct Target<'a> {
     pub client: &'a Client,
     /// What the host wants of the guest.
     pub balance: &'a Balance,
+    /// Device features that the driver accepted.
+    pub features: u64,
     /// As in the configuration space.
     pub max_pools: u32,
+}
+
+impl Target<'_> {
+    /// The pool of that id, or the status that says why there is none for this driver.
+    fn pool(&self, id: PoolId) -> Result<Arc<Pool>, u8> {
+        let pool = self.client.pool(id).ok_or(status::NO_POOL)?;
+        if needed_features(&pool.spec()) & !self.features == 0 {
+            Ok(pool)
+        } else {
+            // An earlier driver made it, who accepted more.
+            Err(status::UNSUPPORTED)
+        }
+    }
+}
+
+/// Without which a pool cannot be used.
+fn needed_features(spec: &PoolSpec) -> u64 {
+    let kind = match spec.kind {
+        PoolKind::Persistent => 0,
+        PoolKind::PrivateEphemeral => feature::EPHEMERAL,
+        PoolKind::SharedEphemeral { .. } => feature::EPHEMERAL | feature::SHARED,
+    };
+    let refusing = if spec.refuse_incompressible {
+        feature::REFUSE_INCOMPRESSIBLE
+    } else {
+        0
+    };
+    kind | refusing
 }
 
 /// Executes what was parsed into `workspace.chain()`, and writes the answer.
@@ -133,15 +166,15 @@ pub fn execute(
             }
             Request::FlushPage(pool, object, count) => {
                 effect.changed = true;
-                match target.client.pool(pool) {
-                    Some(pool) => {
+                match target.pool(pool) {
+                    Ok(pool) => {
                         let ranges = workspace.chain.ranges().iter();
                         let removed = ranges
                             .map(|&(first, n)| pool.flush_page(object, first, n))
                             .sum();
                         done(&mut response, count, removed);
                     }
-                    None => response.status = status::NO_POOL,
+                    Err(why) => response.status = why,
                 }
             }
             Request::Report(report) => {
@@ -150,9 +183,9 @@ pub fn execute(
             }
             Request::FlushObject(pool, object) => {
                 effect.changed = true;
-                match target.client.pool(pool) {
-                    Some(pool) => done(&mut response, 0, pool.flush_object(object)),
-                    None => response.status = status::NO_POOL,
+                match target.pool(pool) {
+                    Ok(pool) => done(&mut response, 0, pool.flush_object(object)),
+                    Err(why) => response.status = why,
                 }
             }
         },
@@ -185,7 +218,7 @@ fn query(
         capacity_bytes: capacity.into(),
         pressure: target.client.pressure().min(wire::PRESSURE_MAX).into(),
         max_pools: target.max_pools.into(),
-        generation: target.store.generation().into(),
+        generation: target.client.generation().into(),
         ..Limits::default()
     };
     if !workspace.chain.write_limits(memory, &limits) {
@@ -196,6 +229,11 @@ fn query(
 }
 
 fn new_pool(target: Target<'_>, id: PoolId, spec: PoolSpec, response: &mut Response) {
+    // One that was made when there might be more is still found.
+    if id.0 >= target.max_pools && target.client.pool(id).is_none() {
+        response.status = status::DENIED;
+        return;
+    }
     match target.client.new_pool(id, spec) {
         Ok(pages) => done(response, 0, pages),
         Err(PoolError::Exists) => response.status = status::POOL_EXISTS,
@@ -212,9 +250,12 @@ fn put(
     count: usize,
     response: &mut Response,
 ) -> u32 {
-    let Some(pool) = target.client.pool(pool) else {
-        response.status = status::NO_POOL;
-        return 0;
+    let pool = match target.pool(pool) {
+        Ok(pool) => pool,
+        Err(why) => {
+            response.status = why;
+            return 0;
+        }
     };
     let Workspace {
         chain,
@@ -227,6 +268,10 @@ fn put(
             break;
         };
         if !chain.read_page(memory, k, page) {
+            if !memory.is_intact() {
+                // Nobody is going to be answered: the request is executed again, from memory that is there.
+                break;
+            }
             // A put is absolute: whatever was there before must not be found any more.
             pool.flush_page(object, index, 1);
             *slot = result::BAD_PAGE;
@@ -253,9 +298,12 @@ fn get(
     count: usize,
     response: &mut Response,
 ) -> u32 {
-    let Some(pool) = target.client.pool(pool) else {
-        response.status = status::NO_POOL;
-        return 0;
+    let pool = match target.pool(pool) {
+        Ok(pool) => pool,
+        Err(why) => {
+            response.status = why;
+            return 0;
+        }
     };
     let Workspace {
         chain,

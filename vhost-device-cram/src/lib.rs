@@ -3,20 +3,22 @@
 //! The cram device's back-end: many guests, one compressed store.
 //!
 //! ```text
-//! QEMU ── vhost-user socket ──► server ─► relay ─► vhost-user-backend (messages, rings' set-up)
-//!   guest ── virtqueues ──────► device ─► ring ─► request ─► execute ─► cram-store
+//! QEMU ── vhost-user socket ──► server ─► vhost (messages, memory, the rings' set-up)
+//!   guest ── virtqueues ──────► worker ─► device ─► ring ─► request ─► execute ─► cram-store
 //!                                          events ◄── announce (pressure, quota)
 //! cramctl ── control socket ──► control ─► methods
 //! ```
 //!
 //! What each room may know:
+//! - [`vhost`] is the only place that looks at what a front-end says.
 //! - [`request`] is the only place that looks at bytes of a guest. What leaves it has been
 //!   copied and checked; nothing in it may panic, whatever the bytes are.
 //! - [`execute`] turns a checked request into calls of the store, and the store's answers into
 //!   a response. It knows no descriptor.
 //! - [`ring`] takes chains from a ring and completes them; a ring that cannot be trusted any
 //!   more is stopped alone.
-//! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it.
+//! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it: whoever touched it
+//!   finds it lost, completes nothing, and the connection ends.
 //! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
 //!   behind a socket, which outlives its connections.
 //! - [`balance`] is what the operator wants of a guest's memory, and what its driver reports.
@@ -35,7 +37,6 @@ pub mod device;
 pub mod events;
 pub mod execute;
 pub mod patience;
-pub mod relay;
 pub mod report;
 pub mod request;
 pub mod ring;
@@ -44,3 +45,5 @@ pub mod server;
 pub mod sigbus;
 pub mod size;
 pub mod socket;
+pub mod vhost;
+pub mod worker;

@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use vhost_device_cram::cli::{Arguments, Sandbox};
 use vhost_device_cram::sandbox::seccomp::Reaction;
 use vhost_device_cram::sandbox::{self, SandboxError};
-use vhost_device_cram::server::{Options, Ready};
+use vhost_device_cram::server::{Daemon, Options, Ready};
 
 /// Exit status of a wrong command line, as elsewhere.
 const USAGE: u8 = 2;
@@ -44,14 +44,17 @@ fn main() -> ExitCode {
         Ok(daemon) => daemon,
         Err(error) => return fail(1, &error.to_string()),
     };
-    for path in &options.sockets {
-        log::info!("listening on {}", path.display());
+    for guest in &options.guests {
+        log::info!("listening on {} for {}", guest.socket.display(), guest.name);
     }
     if let Some(path) = &options.control_socket {
         log::info!("control socket {}", path.display());
     }
     let signal = signals.wait();
     log::info!("ending on signal {signal}");
+    if options.store.arena.is_none() {
+        warn_of_losses(&daemon);
+    }
     // A front-end that gave us broken descriptors could hold up one of our threads for ever.
     std::thread::spawn(|| {
         std::thread::sleep(STOP_MAX);
@@ -60,6 +63,19 @@ fn main() -> ExitCode {
     });
     daemon.stop();
     ExitCode::SUCCESS
+}
+
+/// Says whose pages end with the daemon.
+fn warn_of_losses(daemon: &Daemon) {
+    for guest in &daemon.shared().guests {
+        let pages = guest.account.stats().pages_stored;
+        if pages > 0 {
+            log::warn!(
+                "{}: {pages} pages end with this daemon: there is no --arena to keep them in",
+                guest.name
+            );
+        }
+    }
 }
 
 fn start_log(level: Option<log::LevelFilter>) {

@@ -23,13 +23,10 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::sigbus;
-
-/// The guest's memory as one connection sees it.
-pub type Memory = GuestMemoryMmap<()>;
+use crate::vhost::memory::Memory;
 
 const DESCRIPTOR_SIZE: u32 = 16;
 const NEXT: u32 = VRING_DESC_F_NEXT;
@@ -43,8 +40,6 @@ pub struct Terms {
     pub features: u64,
     /// Indirect descriptors were accepted.
     pub indirect: bool,
-    /// Pool ids are below this.
-    pub max_pools: u32,
 }
 
 /// Where a ring's descriptors lie.
@@ -185,14 +180,14 @@ impl Part {
         self.visit(offset, len, |address, range| {
             into.get_mut(range)
                 .is_some_and(|piece| memory.read_slice(piece, address).is_ok())
-        }) && !sigbus::is_lost()
+        }) && memory.is_intact()
     }
 
     fn write(&mut self, memory: &Memory, offset: u64, from: &[u8]) -> bool {
         self.visit(offset, from.len(), |address, range| {
             from.get(range)
                 .is_some_and(|piece| memory.write_slice(piece, address).is_ok())
-        }) && !sigbus::is_lost()
+        }) && memory.is_intact()
     }
 
     fn is_writable(&mut self, memory: &Memory, offset: u64, len: usize) -> bool {
@@ -235,7 +230,7 @@ impl Chain {
     /// Follows the chain that begins at `head`, and checks the request in it.
     pub fn parse(&mut self, memory: &Memory, table: Table, head: u16, terms: &Terms) -> Parsed {
         if self.collect(memory, table, head, terms.indirect).is_err()
-            || sigbus::is_lost()
+            || !memory.is_intact()
             || !self.writable.is_writable(memory, 0, RESPONSE_SIZE)
         {
             return Parsed::Unanswerable;
@@ -255,7 +250,7 @@ impl Chain {
         indirect: bool,
     ) -> bool {
         self.collect(memory, table, head, indirect).is_ok()
-            && !sigbus::is_lost()
+            && memory.is_intact()
             && self.readable.bytes == 0
             && self.writable.is_writable(memory, 0, wire::EVENT_SIZE)
     }
@@ -445,9 +440,6 @@ impl Chain {
             (false, false) => PoolKind::PrivateEphemeral,
             (false, true) => PoolKind::SharedEphemeral { uuid: body.uuid },
         };
-        if pool.0 >= terms.max_pools {
-            return Err(status::DENIED);
-        }
         Ok(Request::NewPool(
             pool,
             PoolSpec {

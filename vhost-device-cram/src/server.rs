@@ -3,15 +3,14 @@
 //! The daemon as a whole: one store, a thread for each guest's socket, the control socket.
 //!
 //! Each socket is listened on by a thread of its own, which serves one front-end after the
-//! other; each connection gets a new daemon object of vhost-user-backend, since such an object
-//! can be claimed once only. What a guest stored is kept outside of them.
+//! other. What a guest stored is kept outside of its connections.
 
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -19,26 +18,26 @@ use std::time::{Duration, Instant};
 
 use cram_store::{Background, Backing, Client, Store, StoreConfig, StoreError};
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use vhost::vhost_user::{Error as VhostError, Listener};
-use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::announce::Announcer;
 use crate::cli::Dedup;
 use crate::client::{Guest, Offer};
 use crate::control;
 use crate::device::{self, Device};
-use crate::relay;
-use crate::sigbus::StoreMapping;
-use crate::socket::{BoundSocket, SocketError, private_connection};
+use crate::sigbus;
+use crate::socket::{BoundSocket, SocketError};
+use crate::vhost::channel::{Channel, End};
+use crate::vhost::session::{Refusal, Session};
+use crate::worker::Workers;
 
 /// What a daemon is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// One vhost-user socket for each guest.
-    pub sockets: Vec<PathBuf>,
+    /// The guests.
+    pub guests: Vec<GuestOptions>,
+    /// How long a guest's pages are kept while nobody is connected; for ever when not given.
+    pub keep: Option<Duration>,
     /// The control socket.
     pub control_socket: Option<PathBuf>,
     /// The store.
@@ -47,6 +46,29 @@ pub struct Options {
     pub quota_bytes: Option<u64>,
     /// What each guest is offered.
     pub offer: Offer,
+}
+
+/// A guest that may connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestOptions {
+    /// Its name, and its account's.
+    pub name: String,
+    /// Its vhost-user socket.
+    pub socket: PathBuf,
+    /// Whoever connects there is the virtual machine that was there before.
+    pub trusts_socket: bool,
+}
+
+impl GuestOptions {
+    /// A guest that is called what its socket is: `/run/vm1.sock` is `vm1`.
+    pub fn of_socket(socket: PathBuf) -> Self {
+        let stem = socket.file_stem().unwrap_or(socket.as_os_str());
+        GuestOptions {
+            name: stem.to_string_lossy().into_owned(),
+            socket,
+            trusts_socket: false,
+        }
+    }
 }
 
 /// What the store is made with.
@@ -98,8 +120,8 @@ impl StoreOptions {
     ) -> Result<Arc<Client>, StoreError> {
         /// What the sharing group of all guests is called.
         const ALL_GUESTS: &str = "all guests";
+        // Whatever the operator has set for it since is in the arena.
         if let Some(known) = store.client(name) {
-            known.set_quota(quota_bytes);
             if self.dedup != Dedup::All && known.is_in_sharing_group() {
                 log::warn!(
                     "{name}: the arena was made with --dedup all, and its equal pages are still stored \
@@ -158,6 +180,15 @@ impl Stop {
         self.stopping.load(Ordering::Acquire)
     }
 
+    /// Waits for so long. False when the daemon is to stop.
+    fn pause(&self, time: Duration) -> bool {
+        let time = Timespec::try_from(time).ok();
+        let mut fds = [PollFd::new(&self.bell, PollFlags::IN)];
+        // Woken early by whatever it is, it only looks early.
+        let _ = poll(&mut fds, time.as_ref());
+        !self.is_stopping()
+    }
+
     fn ring(&self) {
         self.stopping.store(true, Ordering::Release);
         // It fails only when the counter is full, and then the bell is ringing.
@@ -201,7 +232,7 @@ pub struct Ready {
     control: Option<BoundSocket>,
     stop: Arc<Stop>,
     announcer: Arc<Announcer>,
-    store_mapping: StoreMapping,
+    keep: Option<Duration>,
 }
 
 /// A running daemon. Dropping it ends it as [`Daemon::stop`] does.
@@ -209,8 +240,6 @@ pub struct Daemon {
     shared: Arc<Shared>,
     stop: Arc<Stop>,
     announcer: Arc<Announcer>,
-    /// Guests' memory may go away; the store's may not.
-    _store_mapping: StoreMapping,
     /// The front-ends that are connected now, to hang up on them.
     lines: Vec<Arc<Mutex<Option<UnixStream>>>>,
     threads: Vec<JoinHandle<()>>,
@@ -221,15 +250,21 @@ impl Ready {
     pub fn new(options: &Options) -> Result<Self, StartError> {
         // Asked now, since it reads files, and those may be out of reach later.
         device::processors();
+        sigbus::install()?;
         let store = options.store.open(options.offer.max_pools)?;
-        let store_mapping = StoreMapping::protect(store.mapping())?;
         let announcer = Arc::new(Announcer::default());
         let mut guests = Vec::new();
-        for (name, path) in names(&options.sockets).into_iter().zip(&options.sockets) {
-            let account = options.store.account(&store, &name, options.quota_bytes)?;
+        for GuestOptions {
+            name,
+            socket,
+            trusts_socket,
+        } in &options.guests
+        {
+            let account = options.store.account(&store, name, options.quota_bytes)?;
             guests.push(Arc::new(Guest::new(
-                name,
-                path.clone(),
+                name.clone(),
+                socket.clone(),
+                *trusts_socket,
                 Arc::clone(&store),
                 account,
                 options.offer.clone(),
@@ -238,9 +273,9 @@ impl Ready {
         }
         // All of them before any thread, so that an error leaves nothing behind.
         let sockets = options
-            .sockets
+            .guests
             .iter()
-            .map(|path| BoundSocket::listen(path, false));
+            .map(|guest| BoundSocket::listen(&guest.socket, false));
         let sockets = sockets.collect::<Result<Vec<_>, _>>()?;
         let control = options.control_socket.as_deref();
         let control = control
@@ -263,7 +298,7 @@ impl Ready {
             control,
             stop,
             announcer,
-            store_mapping,
+            keep: options.keep,
         })
     }
 
@@ -274,7 +309,6 @@ impl Ready {
             shared: self.shared,
             stop: self.stop,
             announcer: self.announcer,
-            _store_mapping: self.store_mapping,
             lines: Vec::new(),
             threads: Vec::new(),
         };
@@ -298,6 +332,10 @@ impl Ready {
                     .for_each(|guest| guest.announce_changes())
             });
         })?;
+        if let Some(keep) = self.keep {
+            let (shared, stop) = (Arc::clone(&daemon.shared), Arc::clone(&daemon.stop));
+            daemon.spawn("forget", move || forget(&shared, &stop, keep))?;
+        }
         Ok(daemon)
     }
 }
@@ -373,25 +411,17 @@ fn report_recovery(store: &Store, guests: &[Arc<Guest>]) {
     }
 }
 
-/// Short names for the guests, made from the names of their sockets: `/run/vm1.sock` is `vm1`.
-/// Where two would be the same, the whole paths are taken.
-fn names(sockets: &[PathBuf]) -> Vec<String> {
-    let stem = |path: &Path| {
-        path.file_stem()
-            .unwrap_or(path.as_os_str())
-            .to_string_lossy()
-            .into_owned()
-    };
-    let stems: Vec<String> = sockets.iter().map(|path| stem(path)).collect();
-    let is_unique = |name: &String| stems.iter().filter(|other| *other == name).count() == 1;
-    let name = |(path, stem): (&PathBuf, &String)| {
-        if is_unique(stem) {
-            stem.clone()
-        } else {
-            path.to_string_lossy().into_owned()
+/// Drops pages of guests that were away for longer than `keep`.
+fn forget(shared: &Shared, stop: &Stop, keep: Duration) {
+    /// Nobody needs it to the second.
+    const LOOK: Duration = Duration::from_secs(1);
+    while stop.pause(LOOK) {
+        for guest in &shared.guests {
+            if let Err(error) = guest.forget_after(keep) {
+                log::warn!("{}: pages cannot be dropped: {error}", guest.name);
+            }
         }
-    };
-    sockets.iter().zip(&stems).map(name).collect()
+    }
 }
 
 fn serve_guest(
@@ -407,6 +437,7 @@ fn serve_guest(
         if !stop.is_stopping() {
             // A defect of ours that shows in one connection shall not cost the guest its socket.
             let served = catch_unwind(AssertUnwindSafe(|| serve_connection(guest, &front)));
+            guest.detach();
             match served {
                 Ok(Ok(())) => log::info!("{}: the front-end disconnected", guest.name),
                 Ok(Err(error)) => log::warn!("{}: the connection ended: {error}", guest.name),
@@ -424,81 +455,53 @@ fn serve_guest(
 #[derive(Debug, thiserror::Error)]
 enum ConnectionError {
     #[error("{0}")]
-    Relay(#[from] relay::End),
+    Channel(#[from] End),
     #[error("{0}")]
-    BackEnd(BackendError),
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    Failed(&'static str),
     #[error("{0}")]
     System(#[from] io::Error),
 }
 
-/// A device and its workers. The order of the fields is the order in which they go: dropping
-/// the daemon object waits for the workers, which end when the device is closed.
-struct Connection {
-    closing: CloseOnDrop,
-    daemon: VhostUserDaemon<Arc<Device>>,
-}
-
-struct CloseOnDrop(Arc<Device>);
-
-impl Drop for CloseOnDrop {
-    fn drop(&mut self) {
-        self.0.close();
-    }
-}
-
-impl Connection {
-    fn new(guest: &Arc<Guest>) -> Result<Self, ConnectionError> {
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let device = Arc::new(Device::new(Arc::clone(guest), memory.clone())?);
-        let closing = CloseOnDrop(Arc::clone(&device));
-        let daemon = VhostUserDaemon::new(guest.name.clone(), Arc::clone(&device), memory)
-            .map_err(ConnectionError::BackEnd)?;
-        // Whole before anything can fail, so that it goes in the right order.
-        let connection = Connection { closing, daemon };
-        for (handler, bell) in connection
-            .daemon
-            .get_epoll_handlers()
-            .iter()
-            .zip(device.bells())
-        {
-            handler.register_listener(bell, EventSet::IN, device.bell_token())?;
-        }
-        guest.attach(&device);
-        Ok(connection)
-    }
-}
-
 fn serve_connection(guest: &Arc<Guest>, front: &UnixStream) -> Result<(), ConnectionError> {
-    let mut connection = Connection::new(guest)?;
-    let (listener, back) = private_connection(&guest.socket)?;
-    let mut listener = Listener::from(listener);
-    connection
-        .daemon
-        .start(&mut listener)
-        .map_err(ConnectionError::BackEnd)?;
-    let device = &connection.closing.0;
-    let end = relay::run(front, &back, |channel| device.set_backend_channel(channel));
-    let _ = back.shutdown(Shutdown::Both);
-    let verdict = connection.daemon.wait();
+    let device = Arc::new(Device::new(Arc::clone(guest))?);
+    let workers = Workers::start(&device)?;
+    guest.attach(&device);
+    let end = converse(&device, front);
     // The workers end here. Only then may the front-end see that it is over: it takes the used
     // indexes for final, and would have the next back-end execute again what is completed now.
-    drop(connection);
+    drop(workers);
     let _ = front.shutdown(Shutdown::Both);
-    match (end, verdict) {
-        (relay::End::FrontEnd, _) => Ok(()),
-        // It says which message, and why.
-        (relay::End::BackEnd, Err(error)) if !is_hangup(&error) => {
-            Err(ConnectionError::BackEnd(error))
-        }
-        (end, _) => Err(end.into()),
+    match end {
+        // Whatever the front-end did about it meanwhile.
+        _ if device.failure().is_some() => Err(ConnectionError::Failed(
+            device.failure().unwrap_or_default(),
+        )),
+        ConnectionError::Channel(End::FrontEnd) => Ok(()),
+        error => Err(error),
     }
 }
 
-fn is_hangup(error: &BackendError) -> bool {
-    matches!(
-        error,
-        BackendError::HandleRequest(VhostError::Disconnected | VhostError::PartialMessage)
-    )
+/// Does what the front-end says, for as long as it makes sense.
+fn converse(device: &Device, front: &UnixStream) -> ConnectionError {
+    let channel = Channel::new(front, device.over());
+    let mut session = Session::new(device);
+    loop {
+        let received = match channel.receive() {
+            Ok(received) => received,
+            Err(end) => return end.into(),
+        };
+        let (answer, verdict) = session.handle(received);
+        let answered = answer.map_or(Ok(()), |answer| channel.answer(&answer));
+        // A refusal says more than that nobody wanted to hear of it.
+        if let Err(refusal) = verdict {
+            return refusal.into();
+        }
+        if let Err(end) = answered {
+            return end.into();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -506,8 +509,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guests_have_names_of_their_own() {
-        let paths = ["/run/a.sock", "/run/b.sock", "/tmp/b.sock", "c"].map(PathBuf::from);
-        assert_eq!(names(&paths), ["a", "/run/b.sock", "/tmp/b.sock", "c"]);
+    fn a_guest_is_called_what_its_socket_is() {
+        let name = |path| GuestOptions::of_socket(PathBuf::from(path)).name;
+        assert_eq!(
+            ["/run/a.sock", "c", "/tmp/b.c.sock"].map(name),
+            ["a", "c", "b.c"]
+        );
     }
 }

@@ -3,90 +3,136 @@
 //! Guest memory that goes away under the daemon.
 //!
 //! A front-end hands over a file as its guest's memory. Whoever has that file can cut it short at
-//! any time, and the host's memory can break; then the next access to what was there is answered
-//! with SIGBUS, which would end the daemon, and with it the pages of all guests. So SIGBUS is
-//! handled: empty memory takes the place of what is gone, and the thread that touched it remembers
-//! that ([`take_lost`]). It is up to that thread not to believe what it read, and to serve the queue
-//! no more. Nobody else notices.
+//! any time, the file system beneath may be full, the pool of huge pages empty, and the host's memory
+//! can break; then the next access to what was there is answered with SIGBUS, which would end the
+//! daemon, and with it the pages of all guests. So SIGBUS is handled where a guest's memory is
+//! [watched](watch), and nowhere else: the connection's memory is marked as lost, and then empty memory
+//! takes the place of the whole region. The mark is set first, so that whoever has read such zeroes
+//! finds it when he looks afterwards. Nobody may believe, complete or answer anything once it is there;
+//! the connection ends, and the front-end maps anew.
 //!
-//! When it is the store's own memory that is gone there is nothing to be saved, and the signal does
-//! what it always did.
+//! When it is anything else that is gone, the store's memory or the heap, there is nothing to be
+//! saved, and the signal does what it always did.
 
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
 use std::io;
 use std::ops::Range;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 
 use libc::{c_int, c_void, siginfo_t};
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vmm_sys_util::signal::register_signal_handler;
 
 /// Sizes of the host's pages, small and huge: what a mapping can be cut at depends on the file.
 const PAGE_BYTES: [usize; 3] = [4 << 10, 2 << 20, 1 << 30];
-/// As many stores as there can be in one process; more than one only in tests.
-const STORES: usize = 64;
+/// Regions of all guests together. Half of the mappings that a process may have (65,530 usually),
+/// so that front-ends with many regions use up those before the others.
+const WATCHED_MAX: usize = 1 << 15;
 
-thread_local! {
-    // Const, and without anything to drop: so a signal handler may use it.
-    static LOST: Cell<bool> = const { Cell::new(false) };
+/// A place in the table that the handler looks at.
+struct Slot {
+    /// Odd while the slot is being changed.
+    version: AtomicUsize,
+    begin: AtomicUsize,
+    end: AtomicUsize,
+    lost: AtomicPtr<AtomicBool>,
 }
 
-/// Where stores are mapped, as beginning and end; both 0: none.
-static STORE_BEGIN: [AtomicUsize; STORES] = [const { AtomicUsize::new(0) }; STORES];
-static STORE_END: [AtomicUsize; STORES] = [const { AtomicUsize::new(0) }; STORES];
+static SLOTS: [Slot; WATCHED_MAX] = [const {
+    Slot {
+        version: AtomicUsize::new(0),
+        begin: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        lost: AtomicPtr::new(std::ptr::null_mut()),
+    }
+}; WATCHED_MAX];
+/// Slots from here on were never used.
+static SLOTS_USED: AtomicUsize = AtomicUsize::new(0);
+/// Slots below that are free again.
+static FREE: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
-/// Whether this thread has touched memory that was gone since it last asked with [`take_lost`].
-pub fn is_lost() -> bool {
-    LOST.get()
+impl Slot {
+    /// Only one thread at a time has the slot to change it.
+    fn set(&self, range: Range<usize>, lost: *mut AtomicBool) {
+        self.version.fetch_add(1, Ordering::AcqRel);
+        fence(Ordering::Release);
+        self.begin.store(range.start, Ordering::Relaxed);
+        self.end.store(range.end, Ordering::Relaxed);
+        self.lost.store(lost, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// The region, if `address` is in it. A slot that changes meanwhile is not the one: a region that
+    /// somebody accesses is watched for as long.
+    fn covers(&self, address: usize) -> Option<(Range<usize>, *const AtomicBool)> {
+        let version = self.version.load(Ordering::Acquire);
+        let range = self.begin.load(Ordering::Relaxed)..self.end.load(Ordering::Relaxed);
+        let lost = self.lost.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let is_stable =
+            version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
+        (is_stable && range.contains(&address) && !lost.is_null()).then_some((range, lost))
+    }
 }
 
-/// The same, and forgets it.
-pub fn take_lost() -> bool {
-    LOST.replace(false)
-}
-
-/// While it lives, memory at these addresses is not replaced.
+/// While it lives, the loss of memory in a region is survived. It must live at least as long as
+/// anybody accesses the region.
 #[derive(Debug)]
-pub struct StoreMapping(Option<usize>);
-
-impl StoreMapping {
-    /// Handles SIGBUS from now on, everywhere but in `mapping`.
-    ///
-    /// # Errors
-    /// When the system does not take the handler.
-    pub fn protect(mapping: Range<usize>) -> io::Result<Self> {
-        let slot = STORE_BEGIN.iter().position(|begin| {
-            begin
-                .compare_exchange(0, mapping.start, Ordering::AcqRel, Ordering::Acquire)
-                .is_ok()
-        });
-        if let Some(end) = slot.and_then(|slot| STORE_END.get(slot)) {
-            end.store(mapping.end, Ordering::Release);
-        }
-        // Made before anything can fail, so that the slot is given back.
-        let protected = Self(slot);
-        install()?;
-        Ok(protected)
-    }
+pub struct Watch {
+    slot: usize,
+    /// What the slot points to.
+    _lost: Arc<AtomicBool>,
 }
 
-impl Drop for StoreMapping {
-    fn drop(&mut self) {
-        if let Some(slot) = self.0 {
-            for edges in [&STORE_END, &STORE_BEGIN] {
-                if let Some(edge) = edges.get(slot) {
-                    edge.store(0, Ordering::Release);
-                }
+/// Watches the memory at `range`: when some of it is gone, `lost` becomes true, and then zeroes take
+/// the region's place.
+///
+/// # Errors
+/// When the system does not take the handler, or too much is watched already.
+pub fn watch(range: Range<usize>, lost: &Arc<AtomicBool>) -> io::Result<Watch> {
+    install()?;
+    let mut free = FREE.lock();
+    let slot = match free.pop() {
+        Some(slot) => slot,
+        None => {
+            let next = SLOTS_USED.load(Ordering::Relaxed);
+            if next >= WATCHED_MAX {
+                return Err(io::Error::other(
+                    "all guests together have too many regions of memory",
+                ));
             }
+            SLOTS_USED.store(next + 1, Ordering::Release);
+            next
         }
+    };
+    drop(free);
+    if let Some(place) = SLOTS.get(slot) {
+        place.set(range, Arc::as_ptr(lost).cast_mut());
+    }
+    Ok(Watch {
+        slot,
+        _lost: Arc::clone(lost),
+    })
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(place) = SLOTS.get(self.slot) {
+            place.set(0..0, std::ptr::null_mut());
+        }
+        FREE.lock().push(self.slot);
     }
 }
 
-fn install() -> io::Result<()> {
+/// Handles SIGBUS from now on; watching does so, too.
+///
+/// # Errors
+/// When the system does not take the handler.
+pub fn install() -> io::Result<()> {
     /// What the system said, as an error's number.
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     let install = || register_signal_handler(libc::SIGBUS, on_sigbus).map_err(|e| e.errno());
@@ -95,8 +141,8 @@ fn install() -> io::Result<()> {
         .map_err(io::Error::from_raw_os_error)
 }
 
-/// Calls nothing but what a signal handler may: atomics, a thread's cell, and system calls that do
-/// not go through the C library.
+/// Calls nothing but what a signal handler may: atomics, and system calls that do not go through the
+/// C library.
 extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     // SAFETY: the handler was registered with SA_SIGINFO, so the kernel hands over a valid one.
     let info = unsafe { *info };
@@ -109,45 +155,58 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_v
         return;
     }
     let is_fault = code == libc::BUS_ADRERR || code == libc::BUS_MCEERR_AR;
-    if is_fault && !is_in_store(address) && replace(address) {
-        LOST.set(true);
-    } else {
+    if !is_fault || !lose(address) {
         give_up();
     }
 }
 
-fn is_in_store(address: usize) -> bool {
-    STORE_BEGIN.iter().zip(&STORE_END).any(|(begin, end)| {
-        (begin.load(Ordering::Acquire)..end.load(Ordering::Acquire)).contains(&address)
-    })
+/// Marks the guest's memory at `address` as lost, and puts zeroes there. False when it is no guest's.
+fn lose(address: usize) -> bool {
+    let used = SLOTS_USED.load(Ordering::Acquire).min(WATCHED_MAX);
+    let slots = SLOTS.iter().take(used);
+    let Some((range, lost)) = slots.filter_map(|slot| slot.covers(address)).next() else {
+        return false;
+    };
+    // SAFETY: this thread was just accessing the region, so that its `Watch` lives, which keeps what
+    // the slot points to.
+    let lost = unsafe { &*lost };
+    lost.store(true, Ordering::SeqCst);
+    replace_all(&range) || replace_page(address)
 }
 
-/// Puts zeroes where nothing is any more.
-fn replace(address: usize) -> bool {
+/// Puts zeroes in the place of a whole region: however much of it goes away, that is one mapping.
+fn replace_all(range: &Range<usize>) -> bool {
+    replace(range.start, range.len()).is_ok()
+}
+
+/// The same for the one page that is gone; for hosts that do not promise memory without having it,
+/// and so refuse a whole region.
+fn replace_page(address: usize) -> bool {
     for bytes in PAGE_BYTES {
-        let begin = address & !(bytes - 1);
-        // SAFETY: `begin` lies in a mapping, or there would have been another signal, and not in a
-        // store's. What else is mapped from a file is memory of guests (of which nobody holds
-        // references, only raw pointers and volatile accesses) and the program itself, whose pages
-        // would be no more usable than before. A page of that mapping's own size takes its place, so
-        // nothing is replaced that is not gone: a smaller one is refused as invalid, since no page can
-        // be cut, and only that lets a larger one be tried.
-        let mapped = unsafe {
-            mmap_anonymous(
-                begin as *mut c_void,
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
-            )
-        };
-        match mapped {
-            Ok(_) => return true,
+        match replace(address & !(bytes - 1), bytes) {
+            Ok(()) => return true,
+            // No page can be cut, so a size smaller than the mapping's own is refused as invalid.
             Err(Errno::INVAL) => (),
             // Nothing larger: what lies around may be anybody's.
             Err(_) => return false,
         }
     }
     false
+}
+
+fn replace(begin: usize, bytes: usize) -> Result<(), Errno> {
+    // SAFETY: the range is a guest's memory that this process has mapped (a watched region, or the page
+    // of it that was touched), of which nobody holds references, only raw pointers and volatile
+    // accesses; and whoever uses it looks at the mark that was set before.
+    let mapped = unsafe {
+        mmap_anonymous(
+            begin as *mut c_void,
+            bytes,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+        )
+    };
+    mapped.map(|_| ())
 }
 
 /// Has the signal come again when the handler is left, and end the process; also one that somebody

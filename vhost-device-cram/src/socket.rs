@@ -4,13 +4,11 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// The longest path of a socket that Linux takes.
@@ -167,26 +165,4 @@ fn bind(path: &Path, private: bool) -> io::Result<UnixListener> {
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(UnixListener::from(socket))
-}
-
-/// A connection between two ends of this process: the listener at which one end waits to be
-/// accepted, and the other end.
-///
-/// vhost-user-backend accepts from listeners only. The socket is private, lies beside `beside`
-/// (where this process may evidently make sockets), and its name is gone on return. It is
-/// reached through its directory's descriptor, so that the length of the path does not matter.
-pub fn private_connection(beside: &Path) -> io::Result<(UnixListener, UnixStream)> {
-    static SERIAL: AtomicU64 = AtomicU64::new(0);
-
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(directory_of(beside), flags, Mode::empty())?;
-    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-    let name = format!(".vhost-device-cram-{}-{serial}", std::process::id());
-    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd())).join(name);
-    // Left by a process that had our number and died in between these lines.
-    let _ = fs::remove_file(&path);
-    let listener = bind(&path, true)?;
-    let stream = UnixStream::connect(&path);
-    fs::remove_file(&path)?;
-    Ok((listener, stream?))
 }

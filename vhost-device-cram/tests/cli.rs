@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-cram");
@@ -104,11 +105,9 @@ impl Daemon {
     }
 
     /// Sends a signal and waits for the end; the exit status.
-    fn end(&mut self, signal: &str) -> Option<i32> {
-        let sent = Command::new("kill")
-            .args([signal, &self.child.id().to_string()])
-            .status();
-        assert!(sent.unwrap().success());
+    fn end(&mut self, signal: Signal) -> Option<i32> {
+        let pid = Pid::from_raw(self.child.id().try_into().unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
         let until = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -319,7 +318,7 @@ fn the_arena_of_a_killed_daemon_is_taken_over_and_that_of_a_living_one_is_not() 
         stats["store"]["generation"].clone()
     };
     let before = generation(&daemon);
-    assert_eq!(daemon.end("-KILL"), None);
+    assert_eq!(daemon.end(Signal::KILL), None);
     let folder = std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap());
     let again = Daemon::start_in(folder, &more);
     assert_eq!(generation(&again), before);
@@ -327,7 +326,7 @@ fn the_arena_of_a_killed_daemon_is_taken_over_and_that_of_a_living_one_is_not() 
 
 #[test]
 fn a_signal_ends_the_daemon_and_removes_its_sockets() {
-    for signal in ["-TERM", "-INT"] {
+    for signal in [Signal::TERM, Signal::INT] {
         let mut daemon = Daemon::start();
         let sockets = ["vm1.sock", "vm2.sock", "control.sock"].map(|name| daemon.path(name));
         for path in &sockets {
@@ -337,13 +336,13 @@ fn a_signal_ends_the_daemon_and_removes_its_sockets() {
         assert!(sockets.iter().all(|path| !path.exists()));
     }
     // One for which there is a handler ends it all the same, when somebody sends it.
-    assert_eq!(Daemon::start().end("-BUS"), None);
+    assert_eq!(Daemon::start().end(Signal::BUS), None);
 }
 
 #[test]
 fn sockets_of_a_killed_daemon_are_replaced_and_those_of_others_kept() {
     let mut daemon = Daemon::start();
-    assert_eq!(daemon.end("-KILL"), None);
+    assert_eq!(daemon.end(Signal::KILL), None);
     assert!(daemon.path("vm1.sock").exists());
     let folder = std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap());
     let mut again = Daemon::start_in(folder, &[]);
@@ -362,7 +361,7 @@ fn sockets_of_a_killed_daemon_are_replaced_and_those_of_others_kept() {
     // A socket that somebody put in the place of ours is not ours to remove.
     std::fs::remove_file(again.path("vm2.sock")).unwrap();
     let _theirs = UnixListener::bind(again.path("vm2.sock")).unwrap();
-    assert_eq!(again.end("-TERM"), Some(0));
+    assert_eq!(again.end(Signal::TERM), Some(0));
     assert!(again.path("vm2.sock").exists() && !again.path("vm1.sock").exists());
 }
 
@@ -380,7 +379,7 @@ fn a_client_that_talks_nonsense_or_leaves_does_not_matter() {
         }
     }
     assert!(daemon.cramctl(&["stats"]).contains("vm1"));
-    assert_eq!(daemon.end("-TERM"), Some(0));
+    assert_eq!(daemon.end(Signal::TERM), Some(0));
 }
 
 #[test]

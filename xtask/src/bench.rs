@@ -69,6 +69,7 @@ pub fn run(args: &BenchArgs, sources: SourceArgs) -> Result<()> {
         Some(subject) => vec![subject],
         None => Subject::value_variants().to_vec(),
     };
+    let mut failed = Vec::new();
     for subject in all {
         let mut command = Command::new(&program);
         if subject.needs_guests(&args.sections) {
@@ -84,7 +85,14 @@ pub fn run(args: &BenchArgs, sources: SourceArgs) -> Result<()> {
         if args.quick {
             command.arg("--quick");
         }
-        finish(command, &root)?;
+        // The others' figures are worth having all the same.
+        if let Err(error) = finish(command, &root) {
+            eprintln!("error: {}: {error:#}", subject.name());
+            failed.push(subject.name());
+        }
+    }
+    if !failed.is_empty() {
+        bail!("not everything could be measured: {}", failed.join(", "));
     }
     Ok(())
 }

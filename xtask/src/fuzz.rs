@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use crate::cache::Cache;
 use crate::command::is_installed;
 use crate::progress::human_duration;
 use crate::workspace;
@@ -51,6 +52,7 @@ pub struct FuzzArgs {
 
 /// Runs `cargo xtask fuzz`.
 pub fn run(args: &FuzzArgs) -> Result<()> {
+    crate::system::prepare(&Cache::open()?)?;
     let fuzzer = Fuzzer::build()?;
     let targets = if args.targets.is_empty() {
         fuzzer.targets()?

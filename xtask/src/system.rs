@@ -43,8 +43,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libfdt-dev", "QEMU"),
     ("zlib1g-dev", "QEMU"),
     ("e2fsprogs", "the image"),
+    ("binutils", "benchmarks"),
     ("strace", "benchmarks"),
-    ("qemu-utils", "benchmarks"),
+    // It has qemu-storage-daemon.
+    ("qemu-system-common", "benchmarks"),
 ];
 
 /// Needed when the user's own Rust has no library sources.
@@ -182,4 +184,84 @@ pub fn version_of(program: &str) -> Result<String> {
     let text = output_of(Command::new(program).arg("--version"))
         .with_context(|| format!("{program} is needed"))?;
     Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    use super::PACKAGES;
+
+    /// Where each program comes from that is started by name. What every Debian has is "essential";
+    /// what is asked for where it is needed, "asked for".
+    const PROGRAMS: &[(&str, &str)] = &[
+        ("/bin/sh", "essential"),
+        ("/bin/true", "essential"),
+        ("/usr/bin/python3", "python3"),
+        ("apt-get", "essential"),
+        ("cargo", "asked for"),
+        ("cp", "essential"),
+        ("curl", "asked for"),
+        ("dpkg-deb", "essential"),
+        ("dpkg-query", "essential"),
+        ("dpkg-source", "dpkg-dev"),
+        ("gcc", "gcc"),
+        ("gpg", "asked for"),
+        ("make", "make"),
+        ("mke2fs", "e2fsprogs"),
+        ("ninja", "ninja-build"),
+        ("nm", "binutils"),
+        ("patch", "patch"),
+        ("perl", "perl"),
+        ("pkg-config", "pkg-config"),
+        ("python3", "python3"),
+        ("qemu-storage-daemon", "qemu-system-common"),
+        ("readelf", "binutils"),
+        ("sh", "essential"),
+        ("strace", "strace"),
+        ("tar", "essential"),
+        // The program itself, under a name that is always there.
+        ("/proc/self/exe", "essential"),
+    ];
+
+    fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && path.file_name().is_none_or(|name| name != "target") {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                found.push(path);
+            }
+        }
+    }
+
+    #[test]
+    fn no_program_is_taken_for_granted() {
+        const START: &str = "Command::new(\"";
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut files = Vec::new();
+        for folder in ["crates", "fuzz", "tests", "vhost-device-cram", "xtask"] {
+            sources(&root.join(folder), &mut files);
+        }
+        let owners: BTreeMap<&str, &str> = PROGRAMS.iter().copied().collect();
+        let mut started = 0;
+        for file in files {
+            let text = fs::read_to_string(&file).unwrap();
+            for rest in text.split(START).skip(1) {
+                let program = rest.split('"').next().unwrap();
+                if program.is_empty() || program.starts_with(')') {
+                    continue;
+                }
+                let owner = owners.get(program);
+                let owner = owner.unwrap_or_else(|| panic!("{}: {program}", file.display()));
+                let is_there = ["essential", "asked for"].contains(owner)
+                    || PACKAGES.iter().any(|(package, _)| package == owner);
+                assert!(is_there, "{}: {program} is of {owner}", file.display());
+                started += 1;
+            }
+        }
+        assert!(started > 20, "{started} programs only");
+    }
 }

@@ -177,9 +177,15 @@ impl Client {
         is_allowed
     }
 
-    /// Withdraws what [`Self::authorise`] allowed. Pools that are open stay open.
+    /// Withdraws what [`Self::authorise`] allowed: the client loses the pool, too, if it has it.
     pub fn revoke(&self, uuid: &[u8; 16]) {
+        let mut pools = self.pools.write();
         let _ = self.change(|durable| _ = durable.authorised.remove(uuid));
+        let is_it = |_: &PoolId, pool: &mut Arc<Pool>| pool.spec().kind.uuid() == Some(*uuid);
+        for (id, pool) in pools.by_id.extract_if(is_it) {
+            self.core.erase_entry(&self.pool_key(id));
+            self.leave(&pool);
+        }
     }
 
     /// Makes a pool, or finds it when it is there with the very same spec. How many pages are in
@@ -188,9 +194,6 @@ impl Client {
     /// # Errors
     /// See [`PoolError`]. Nothing was changed then.
     pub fn new_pool(&self, id: PoolId, spec: PoolSpec) -> Result<u64, PoolError> {
-        if id.0 >= self.max_pools {
-            return Err(PoolError::BadId);
-        }
         let mut pools = self.pools.write();
         if pools.is_closed {
             return Err(PoolError::Denied);
@@ -201,6 +204,16 @@ impl Client {
             } else {
                 Err(PoolError::Exists)
             };
+        }
+        // One that was made when there might be more is still found.
+        if id.0 >= self.max_pools {
+            return Err(PoolError::BadId);
+        }
+        if let Some(uuid) = spec.kind.uuid()
+            && let mut others = pools.by_id.values()
+            && others.any(|pool| pool.spec().kind.uuid() == Some(uuid))
+        {
+            return Err(PoolError::Denied);
         }
         let space = match spec.kind {
             PoolKind::Persistent => self.new_space(Keeping::Persistent)?,
@@ -345,7 +358,9 @@ impl Client {
             return PRESSURE_MAX;
         }
         let own = self.quota_bytes().map_or(0, |quota| {
-            between(self.account.committed_bytes(), low_watermark(quota), quota)
+            // Full is when a page that does not compress finds no room, and a leaf for it.
+            let full = quota.saturating_sub(2 * crate::PAGE_SIZE as u64);
+            between(self.account.committed_bytes(), low_watermark(full), full)
         });
         own.max(self.core.pressure())
     }

@@ -29,6 +29,17 @@ pub enum PoolKind {
     },
 }
 
+impl PoolKind {
+    /// What a shared pool is named by.
+    #[must_use]
+    pub fn uuid(self) -> Option<[u8; 16]> {
+        match self {
+            Self::SharedEphemeral { uuid } => Some(uuid),
+            Self::Persistent | Self::PrivateEphemeral => None,
+        }
+    }
+}
+
 /// How a pool is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PoolSpec {
@@ -48,7 +59,8 @@ pub enum PoolError {
     /// A pool with this id is there and is different.
     #[error("a different pool has this id")]
     Exists,
-    /// The operator does not allow this client that shared pool; or the client was removed.
+    /// The operator does not allow this client that shared pool; or it has it under another id; or
+    /// the client was removed.
     #[error("this client may not open that pool")]
     Denied,
     /// No room for the pool's own structures, in the store or in the client's quota.

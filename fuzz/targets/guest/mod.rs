@@ -10,7 +10,9 @@ use arbitrary::Arbitrary;
 use cram_abi::wire::HEADER_SIZE;
 use cram_store::{Client, PoolId, PoolKind, PoolSpec, Store, StoreConfig};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vhost_device_cram::vhost::memory::Memory;
+use vhost_device_cram::vhost::message::Region;
+use vm_memory::{Bytes, GuestAddress};
 
 /// The first region: rings, tables and requests.
 pub const LOW_BYTES: u64 = 128 << 10;
@@ -118,7 +120,7 @@ pub enum Write {
     Fill(u8, u8),
 }
 
-fn write(memory: &GuestMemoryMmap<()>, address: u64, bytes: &[u8]) {
+fn write(memory: &Memory, address: u64, bytes: &[u8]) {
     // What is out of memory is no write.
     let _ = memory.write_slice(bytes, GuestAddress(address));
 }
@@ -133,14 +135,7 @@ fn header(op: u8, pool: u8, object: u8, count: u8) -> [u8; HEADER_SIZE] {
     bytes
 }
 
-fn descriptor(
-    memory: &GuestMemoryMmap<()>,
-    at: u64,
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-) {
+fn descriptor(memory: &Memory, at: u64, address: u64, len: u32, flags: u16, next: u16) {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&address.to_le_bytes());
     bytes[8..12].copy_from_slice(&len.to_le_bytes());
@@ -150,7 +145,7 @@ fn descriptor(
 }
 
 impl Write {
-    pub fn apply(&self, memory: &GuestMemoryMmap<()>) {
+    pub fn apply(&self, memory: &Memory) {
         match self {
             Self::Descriptor {
                 table,
@@ -231,27 +226,30 @@ impl Write {
     }
 }
 
+/// The regions of the memory, both in one file; the front-end has them where the guest has.
+pub fn regions() -> [Region; 2] {
+    let region = |at, bytes, offset| Region {
+        guest: at,
+        bytes,
+        user: at,
+        offset,
+    };
+    [region(0, LOW_BYTES, 0), region(HIGH, HIGH_BYTES, LOW_BYTES)]
+}
+
 /// Memory of two regions, and the file that both are in.
-pub fn memory() -> (GuestMemoryMmap<()>, File) {
+pub fn memory() -> (Memory, File) {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&file, LOW_BYTES + HIGH_BYTES).unwrap();
-    let region = |at, bytes: u64, offset| {
-        let file = FileOffset::new(file.try_clone().unwrap(), offset);
-        (
-            GuestAddress(at),
-            usize::try_from(bytes).unwrap(),
-            Some(file),
-        )
-    };
-    let regions = [region(0, LOW_BYTES, 0), region(HIGH, HIGH_BYTES, LOW_BYTES)];
-    (
-        GuestMemoryMmap::from_ranges_with_files(regions).unwrap(),
-        file,
-    )
+    let none = Memory::default();
+    let memory = regions().into_iter().fold(none, |memory, region| {
+        memory.with(region, file.try_clone().unwrap()).unwrap()
+    });
+    (memory, file)
 }
 
 /// Zeroes everything.
-pub fn wipe(memory: &GuestMemoryMmap<()>) {
+pub fn wipe(memory: &Memory) {
     write(memory, 0, &[0; LOW_BYTES as usize]);
     write(memory, HIGH, &[0; HIGH_BYTES as usize]);
 }

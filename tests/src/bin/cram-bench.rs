@@ -112,17 +112,44 @@ fn bench(
     if wanted.is_empty() {
         wanted = all.to_vec();
     }
-    let mut figures = Figures::default();
-    for section in wanted {
+    let (mut figures, failed) = measure(&wanted, |section| {
         let began = Instant::now();
         eprint!("  {subject}: {section} …");
-        figures.extend(in_own_process(cli, subject, section)?);
+        let figures = in_own_process(cli, subject, section)?;
         eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
-    }
+        Ok(figures)
+    });
     if subject == "device" {
         device::combine(&mut figures);
     }
-    report(cli, subject, &figures, aims, &panels(&figures, aims))
+    report(cli, subject, &figures, aims, &panels(&figures, aims))?;
+    complain(&failed)
+}
+
+/// Measures section by section. What was measured is kept, whatever fails before or after.
+fn measure<'a>(
+    sections: &[&'a str],
+    mut section: impl FnMut(&str) -> Result<Figures>,
+) -> (Figures, Vec<&'a str>) {
+    let mut figures = Figures::default();
+    let mut failed = Vec::new();
+    for name in sections {
+        match section(name) {
+            Ok(measured) => figures.extend(measured),
+            Err(error) => {
+                eprintln!("\n  {name}: {error:#}");
+                failed.push(*name);
+            }
+        }
+    }
+    (figures, failed)
+}
+
+fn complain(failed: &[&str]) -> Result<()> {
+    if failed.is_empty() {
+        return Ok(());
+    }
+    bail!("these sections failed: {}", failed.join(", "))
 }
 
 fn bench_guest(cli: &Cli, sections: &[String]) -> Result<()> {
@@ -143,21 +170,21 @@ fn bench_guest(cli: &Cli, sections: &[String]) -> Result<()> {
     if wanted.is_empty() {
         wanted = guest::SECTIONS.to_vec();
     }
-    let mut figures = Figures::default();
-    for section in wanted {
+    let (figures, failed) = measure(&wanted, |section| {
         eprintln!("  guest: {section}");
-        figures.extend(bench.section(section)?);
-    }
+        bench.section(section)
+    });
     // A profile is a text of its own, and must not take the place of what was measured before.
     if figures.iter().next().is_none() {
-        return Ok(());
+        return complain(&failed);
     }
     eprintln!(
         "  seconds are of guests under {}",
         bench.accelerator().name()
     );
     let panels = chart::guest(&figures, guest::AIMS);
-    report(cli, "guest", &figures, guest::AIMS, &panels)
+    report(cli, "guest", &figures, guest::AIMS, &panels)?;
+    complain(&failed)
 }
 
 fn bench_density(cli: &Cli, parts: &[String]) -> Result<()> {
@@ -236,4 +263,25 @@ fn in_own_process(cli: &Cli, subject: &str, section: &str) -> Result<Figures> {
     }
     let text = String::from_utf8(output.stdout).context("figures that are no text")?;
     Figures::from_json(&text).with_context(|| format!("section {section}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_measured_is_kept_when_something_else_fails() {
+        let (figures, failed) = measure(&["one", "two", "three"], |section| {
+            if section == "two" {
+                bail!("cannot start qemu-storage-daemon");
+            }
+            let mut figures = Figures::default();
+            figures.set(section, 1.0);
+            Ok(figures)
+        });
+        assert_eq!(failed, ["two"]);
+        assert_eq!(figures.get("one"), Some(1.0));
+        assert_eq!(figures.get("three"), Some(1.0));
+        assert!(complain(&failed).is_err() && complain(&[]).is_ok());
+    }
 }

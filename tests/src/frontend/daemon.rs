@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::Value;
 use vhost_device_cram::client::Offer;
 use vhost_device_cram::control::client::Caller;
-use vhost_device_cram::server::{Daemon, Options, StoreOptions};
+use vhost_device_cram::server::{Daemon, GuestOptions, Options, StoreOptions};
 
 use super::device::{self, Guest};
 
@@ -42,9 +42,11 @@ impl TestDaemon {
     ) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut options = Options {
-            sockets: (0..guests)
+            guests: (0..guests)
                 .map(|k| folder.path().join(format!("guest{k}.sock")))
+                .map(GuestOptions::of_socket)
                 .collect(),
+            keep: None,
             control_socket: Some(folder.path().join("control.sock")),
             store: StoreOptions::with_capacity(capacity_bytes),
             quota_bytes: None,
@@ -69,7 +71,7 @@ impl TestDaemon {
     /// The socket of guest `number`.
     #[must_use]
     pub fn socket(&self, number: usize) -> PathBuf {
-        self.options.sockets[number].clone()
+        self.options.guests[number].socket.clone()
     }
 
     /// The control socket.

@@ -22,6 +22,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::flow::{Flow, Wait};
 use super::memory::Memory;
+use super::raw::RawFrontend;
 use super::ring::{Manner, Piece, Ring};
 use super::{PATIENCE, page};
 use cram_conformance::Request;
@@ -43,6 +44,8 @@ pub struct Options {
     pub request_queues: u16,
     /// Entries of each queue.
     pub queue_size: u16,
+    /// Which virtual machine it says that it is; the same one for all that do not care.
+    pub instance: Option<[u8; 16]>,
     /// Memory of the pretended guest.
     pub memory_bytes: u64,
     /// Tell the daemon of the memory region by region, as QEMU does, rather than in a table.
@@ -57,6 +60,7 @@ impl Default for Options {
             indirect: true,
             request_queues: 2,
             queue_size: 256,
+            instance: Some([7; 16]),
             memory_bytes: 16 << 20,
             memory_slots: true,
         }
@@ -141,6 +145,8 @@ pub(super) fn start_ring(frontend: &mut Frontend, index: usize, ring: &Ring) -> 
 /// A guest, connected. Dropping it disconnects.
 pub struct Guest {
     frontend: Frontend,
+    /// The connection itself.
+    stream: UnixStream,
     /// Its memory.
     pub memory: Arc<Memory>,
     rings: Vec<Ring>,
@@ -172,13 +178,14 @@ impl Guest {
     pub fn reconnect(self, socket: &Path, options: &Options) -> Result<Self> {
         let Self {
             frontend,
+            stream,
             memory,
             rings,
             channel,
             ..
         } = self;
         // The daemon serves one front-end of a socket at a time.
-        drop((frontend, channel));
+        drop((frontend, stream, channel));
         Self::attach(socket, options, memory, rings)
     }
 
@@ -190,7 +197,7 @@ impl Guest {
     ) -> Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut frontend = Frontend::from_stream(stream, rings.len() as u64);
+        let mut frontend = Frontend::from_stream(stream.try_clone()?, rings.len() as u64);
         frontend.set_owner()?;
         let offered = frontend.get_features()?;
         let features = options.wanted_features();
@@ -208,6 +215,11 @@ impl Guest {
             "the device has {queues} queues only"
         );
 
+        if let Some(instance) = options.instance {
+            let behind = u32::try_from(CONFIG_SIZE)?;
+            frontend.set_config(behind, VhostUserConfigFlags::WRITABLE, &instance)?;
+        }
+
         let (channel, theirs) = UnixStream::pair()?;
         frontend.set_backend_request_fd(&theirs)?;
         frontend.set_features(features)?;
@@ -221,6 +233,7 @@ impl Guest {
         }
         let mut guest = Self {
             frontend,
+            stream,
             memory,
             rings,
             channel,
@@ -272,6 +285,15 @@ impl Guest {
         &mut self.frontend
     }
 
+    /// The same connection, for messages byte by byte. Not while an answer is waited for.
+    ///
+    /// # Errors
+    ///
+    /// When there are no descriptors left.
+    pub fn raw(&self) -> Result<RawFrontend> {
+        RawFrontend::on(self.stream.try_clone()?)
+    }
+
     /// A queue: 0 is the event queue.
     pub fn ring(&mut self, index: usize) -> &mut Ring {
         &mut self.rings[index]
@@ -308,6 +330,21 @@ impl Guest {
         Config::read_from_bytes(&bytes)
             .ok()
             .context("config of a wrong size")
+    }
+
+    /// Waits until the daemon hangs up.
+    ///
+    /// # Errors
+    ///
+    /// When it does not within the usual time.
+    pub fn wait_hang_up(&mut self) -> Result<()> {
+        self.channel.set_read_timeout(Some(PATIENCE))?;
+        let mut rest = Vec::new();
+        let end = self.channel.read_to_end(&mut rest);
+        end.context("the daemon does not hang up")?;
+        // The channel goes first. The workers may still be ending; then the socket goes.
+        while self.config().is_ok() {}
+        Ok(())
     }
 
     /// Waits for the daemon to say that the configuration space changed. False when it does not.

@@ -108,6 +108,15 @@ impl Memory {
         Ok(self.file.set_len(if all { 0 } else { self.low_bytes })?)
     }
 
+    /// Makes the file as long as it was: what was taken away is there again, empty.
+    ///
+    /// # Errors
+    ///
+    /// When the system refuses.
+    pub fn give_back(&self) -> Result<()> {
+        Ok(self.file.set_len(self.low_bytes + HIGH_BYTES)?)
+    }
+
     /// Room for `bytes`, aligned, filled with 0xa5.
     ///
     /// # Errors

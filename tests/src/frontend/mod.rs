@@ -7,6 +7,7 @@
 //!
 //! - [`TestDaemon`] runs the daemon in this process, in a folder of its own.
 //! - [`Guest`] connects to it, and calls operations one by one.
+//! - [`RawFrontend`] sends messages one by one, wrong ones too.
 //! - [`Ring`] is one queue, for tests that want many requests in flight, or wrong ones.
 //! - [`Disk`] drives a vhost-user-blk device, which is not ours, to compare with.
 //! - [`Flow`] sends requests that are laid out once, at full speed.
@@ -17,6 +18,7 @@ mod daemon;
 mod device;
 mod flow;
 mod memory;
+mod raw;
 mod ring;
 
 pub use block::{Disk, Transfer};
@@ -25,6 +27,7 @@ pub use daemon::TestDaemon;
 pub use device::{Answer, Guest, Options};
 pub use flow::{Ask, Done, Flow, Wait};
 pub use memory::Memory;
+pub use raw::RawFrontend;
 pub use ring::{Descriptor, Piece, Ring};
 
 /// How long anything may take that takes milliseconds on an idle machine.

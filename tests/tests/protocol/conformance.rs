@@ -13,6 +13,7 @@ use cram_tests::frontend::{Descriptor, Guest, Memory, Options, PATIENCE, Piece, 
 use vhost_device_cram::balance::{Balance, Policy};
 use vhost_device_cram::execute::{Target, Workspace, execute};
 use vhost_device_cram::request::{Table, Terms};
+use vhost_device_cram::vhost::memory::Memory as Shared;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const CAPACITY: u64 = 64 << 20;
@@ -89,7 +90,7 @@ fn through_the_front_end() -> Result<()> {
 
 /// The parser, and what executes, over memory of its own.
 struct Direct {
-    memory: GuestMemoryMmap<()>,
+    memory: Shared,
     store: Arc<Store>,
     client: Arc<Client>,
     balance: Balance,
@@ -105,7 +106,7 @@ impl Direct {
         let client = store.add_client("guest", None)?;
         let range = (GuestAddress(0), usize::try_from(MEMORY)?);
         Ok(Self {
-            memory: GuestMemoryMmap::from_ranges(&[range])?,
+            memory: GuestMemoryMmap::from_ranges(&[range])?.into(),
             store,
             client,
             balance: Balance::new(Policy::default()),
@@ -152,14 +153,14 @@ impl Channel for Direct {
         let terms = Terms {
             features: feature::ALL,
             indirect: true,
-            max_pools: 16,
         };
         let parsed = self.workspace.chain().parse(&self.memory, table, 0, &terms);
         let target = Target {
             store: &self.store,
             client: &self.client,
             balance: &self.balance,
-            max_pools: terms.max_pools,
+            features: terms.features,
+            max_pools: 16,
         };
         let effect = execute(target, &self.memory, &mut self.workspace, parsed);
         let mut written = Vec::new();

@@ -65,6 +65,40 @@ fn pressure_is_announced_both_ways_and_not_too_often() -> Result<()> {
 }
 
 #[test]
+fn who_is_refused_for_want_of_quota_sees_full_pressure() -> Result<()> {
+    let (daemon, mut guest) = start()?;
+    let limits = |guest: &mut Guest| guest.call(1, &Request::query())?.limits();
+    for quota in [QUOTA, 3 * QUOTA, QUOTA / 2] {
+        daemon.call("client.quota", json!({"client": "guest0", "bytes": quota}))?;
+        guest.call(1, &Request::flush_object(0, 0))?;
+        fill(&mut guest)?;
+        assert_eq!(guest.config()?.pressure.get(), 1000, "{quota}");
+        assert_eq!(limits(&mut guest)?.pressure.get(), 1000, "{quota}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_quota_below_what_is_held_takes_nothing_away() -> Result<()> {
+    let (daemon, mut guest) = start()?;
+    let numbers: Vec<u32> = (0..60).collect();
+    assert_eq!(guest.put(0, &numbers)?, [result::OK; 60]);
+    let quota = 64 << 10;
+    daemon.call("client.quota", json!({"client": "guest0", "bytes": quota}))?;
+    let limits = guest.call(1, &Request::query())?.limits()?;
+    assert_eq!(limits.quota_bytes.get(), quota);
+    assert!(limits.held_bytes.get() > quota && limits.pressure.get() == 1000);
+    // Everything is there, and nothing more is taken: whoever would grow is refused.
+    assert_eq!(guest.get(0, &numbers)?, [result::OK; 60]);
+    assert_eq!(guest.put(0, &[100])?, [result::OVER_QUOTA]);
+    for first in (0..60).step_by(10) {
+        guest.call(1, &Request::flush_page(0, 0, &[(first, 10)]))?;
+    }
+    assert_eq!(guest.put(0, &[100])?, [result::OK]);
+    Ok(())
+}
+
+#[test]
 fn an_operator_asks_for_pages_and_changes_the_quota() -> Result<()> {
     let (daemon, mut guest) = start()?;
     let buffers = guest.give_event_buffers(4)?;

@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use cram_abi::wire::{PAGE_SIZE, RESPONSE_SIZE, pool_flag, result};
-use cram_tests::frontend::{
-    Ask, Descriptor, Guest, Options, PATIENCE, Piece, Request, TestDaemon, Wait, page,
-};
+use cram_tests::frontend::{Ask, Descriptor, Guest, Options, PATIENCE, Request, TestDaemon, Wait};
 use serde_json::json;
 
 const CAPACITY: u64 = 64 << 20;
@@ -57,89 +55,6 @@ fn a_ring_that_lies_is_stopped_alone_until_it_is_reset() -> Result<()> {
         assert_eq!(answer.results(1), [result::OK], "{lie}");
     }
     Ok(())
-}
-
-#[test]
-fn memory_that_is_taken_away_stops_the_queue_that_touches_it() -> Result<()> {
-    let daemon = TestDaemon::start(2, CAPACITY)?;
-    let mut guest = daemon.connect(0)?;
-    let mut other = daemon.connect(1)?;
-    other.new_pool(0, pool_flag::PERSISTENT)?;
-    guest.new_pool(0, pool_flag::PERSISTENT)?;
-    guest.put(0, &[1, 2])?;
-    // A put of page 2 whose bytes are behind the hole.
-    let pieces = put_with_page_at(&guest, guest.memory.behind_the_hole())?;
-    guest.memory.take_away(false)?;
-    guest.ring(2).submit(&pieces)?;
-    guest.ring(2).notify_always()?;
-    stopped(&daemon, 1)?;
-    assert!(guest.ring(2).take_used()?.is_none(), "it was answered");
-    // What was read was not the page, so it is not there; and nor is the older one.
-    assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
-    assert_eq!(other.put(0, &[1])?, [result::OK]);
-
-    // All of it, the rings too.
-    guest.memory.take_away(true)?;
-    guest.ring(1).notify_always()?;
-    stopped(&daemon, 2)?;
-    assert_eq!(other.get(0, &[1])?, [result::OK]);
-    drop(guest);
-    let mut guest = daemon.connect(0)?;
-    assert_eq!(guest.get(0, &[1, 2])?, [result::OK, result::MISSING]);
-    daemon.check_store()
-}
-
-#[test]
-fn memory_that_goes_away_again_and_again_ends_the_connection() -> Result<()> {
-    let daemon = TestDaemon::start(2, CAPACITY)?;
-    let mut other = daemon.connect(1)?;
-    other.new_pool(0, pool_flag::PERSISTENT)?;
-    let mut guest = daemon.connect(0)?;
-    guest.new_pool(0, pool_flag::PERSISTENT)?;
-    let options = Options::default();
-    guest.memory.take_away(false)?;
-    for (times, page_at) in (1..=8).zip((guest.memory.behind_the_hole()..).step_by(0x2000)) {
-        let pieces = put_with_page_at(&guest, page_at)?;
-        guest.ring(2).submit(&pieces)?;
-        guest.ring(2).notify_always()?;
-        stopped(&daemon, times)?;
-        if times < 8 {
-            guest.reset_queue(2, &options)?;
-            let answer = guest.call(2, &Request::query())?;
-            assert_eq!(answer.used as usize, RESPONSE_SIZE + 64, "{times}");
-        }
-    }
-    // Nothing is served any more, until it connects anew.
-    guest.submit(1, &Request::query())?;
-    guest.ring(1).notify_always()?;
-    std::thread::sleep(Duration::from_millis(100));
-    assert!(guest.ring(1).take_used()?.is_none(), "it was served");
-    assert_eq!(other.put(0, &[1])?, [result::OK]);
-    drop(guest);
-    let mut guest = daemon.connect(0)?;
-    assert_eq!(guest.put(0, &[1])?, [result::OK]);
-    daemon.check_store()
-}
-
-/// A put of page 2 whose bytes are said to be somewhere.
-fn put_with_page_at(guest: &Guest, page_at: u64) -> Result<[Piece; 3]> {
-    let request = Request::put(0, 0, &[(2, page(2))]);
-    let head_bytes = request.readable.len() - PAGE_SIZE;
-    let head = guest.memory.allocate(head_bytes, 8)?;
-    let writable = guest.memory.allocate(RESPONSE_SIZE, 8)?;
-    guest.memory.write(head, &request.readable[..head_bytes])?;
-    let piece = |address, len, writable| -> Result<Piece> {
-        Ok(Piece {
-            address,
-            len: u32::try_from(len)?,
-            writable,
-        })
-    };
-    Ok([
-        piece(head, head_bytes, false)?,
-        piece(page_at, PAGE_SIZE, false)?,
-        piece(writable, RESPONSE_SIZE, true)?,
-    ])
 }
 
 #[test]

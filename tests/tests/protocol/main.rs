@@ -5,9 +5,11 @@
 mod arena;
 mod conformance;
 mod connection;
+mod ends;
 mod events;
 mod flow;
 mod hostile;
+mod instance;
 mod malformed;
 mod operations;
 mod pools;

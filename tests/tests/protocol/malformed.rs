@@ -353,3 +353,39 @@ fn malformed_requests_are_counted() -> Result<()> {
     assert_eq!(daemon.client_stats(0)?["device"]["malformed"], json!(3));
     Ok(())
 }
+
+#[test]
+fn empty_descriptors_add_no_bytes_but_count_and_have_a_direction() -> Result<()> {
+    let (_daemon, mut guest) = start()?;
+    let nowhere = guest.memory.unmapped();
+    let empty = |writable| Piece {
+        address: nowhere,
+        len: 0,
+        writable,
+    };
+    let [readable, writable] = good_put(&guest)?;
+    let response = writable.address;
+    for pieces in [
+        vec![empty(false), readable, empty(false), writable],
+        vec![readable, empty(true), writable, empty(true)],
+    ] {
+        let answer = guest.call_pieces(1, &pieces, response)?;
+        assert_eq!(answer.results(1), [result::OK]);
+    }
+    // Behind a writable one there is none that is readable, and be it empty.
+    for pieces in [
+        vec![readable, writable, empty(false)],
+        vec![empty(true), readable, writable],
+    ] {
+        let answer = guest.call_pieces(1, &pieces, response)?;
+        assert_eq!(answer.response.status, status::BAD_REQUEST);
+    }
+    let full = vec![empty(false); MAX_DESCRIPTORS - 2];
+    let answer = guest.call_pieces(1, &[&full[..], &[readable, writable]].concat(), response)?;
+    assert_eq!(answer.results(1), [result::OK]);
+    let more = vec![empty(false); MAX_DESCRIPTORS - 1];
+    let answer = guest.call_pieces(1, &[&more[..], &[readable, writable]].concat(), response)?;
+    assert_eq!(answer.used, 0);
+    guest.call(1, &Request::flush_page(0, 0, &[(2, 1)]))?;
+    still_works(&mut guest)
+}

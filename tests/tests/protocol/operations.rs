@@ -381,6 +381,46 @@ fn a_page_outside_of_memory_is_a_bad_page_and_no_more() -> Result<()> {
 }
 
 #[test]
+fn buffers_are_looked_at_before_anything_else() -> Result<()> {
+    let (daemon, mut guest) = start()?;
+    guest.put(0, &[1, 2])?;
+    daemon.call("client.freeze", serde_json::json!({"client": "guest0"}))?;
+    let head = guest.memory.allocate(4096, 4096)?;
+    let response = guest.memory.allocate(RESPONSE_SIZE, 8)?;
+    let buffer = guest.memory.allocate(PAGE_SIZE, 4096)?;
+    let bad = guest.memory.unmapped();
+    let piece = |address, len: usize, writable| Piece {
+        address,
+        len: u32::try_from(len).unwrap_or_default(),
+        writable,
+    };
+    // Of a page that is not there, and for a frozen client, which gets what it has.
+    let get = Request::get(0, 0, &[9, 2]);
+    guest.memory.write(head, &get.readable)?;
+    let pieces = [
+        piece(head, get.readable.len(), false),
+        piece(response, RESPONSE_SIZE, true),
+        piece(bad, PAGE_SIZE, true),
+        piece(buffer, PAGE_SIZE, true),
+    ];
+    let answer = guest.call_pieces(1, &pieces, response)?;
+    assert_eq!(answer.results(2), [result::BAD_PAGE, result::OK]);
+    // A put of a frozen client from nowhere, and one from memory: either way nothing is left.
+    let put = Request::put(0, 0, &[(1, page(7)), (2, page(8))]);
+    guest.memory.write(head, &put.readable[..48])?;
+    let pieces = [
+        piece(head, 48, false),
+        piece(bad, PAGE_SIZE, false),
+        piece(buffer, PAGE_SIZE, false),
+        piece(response, RESPONSE_SIZE, true),
+    ];
+    let answer = guest.call_pieces(1, &pieces, response)?;
+    assert_eq!(answer.results(2), [result::BAD_PAGE, result::FROZEN]);
+    assert_eq!(guest.get(0, &[1, 2])?, [result::MISSING; 2]);
+    Ok(())
+}
+
+#[test]
 fn descriptors_may_cut_a_request_anywhere() -> Result<()> {
     let (_daemon, mut guest) = start()?;
     // With and without indirect tables; 136 descriptors at most.

@@ -3,8 +3,10 @@
 //! query, new_pool, destroy_pool: section 6.2 of the protocol.
 
 use anyhow::Result;
-use cram_abi::wire::{self, NewPool, PAGE_SHIFT, RESPONSE_SIZE, op, pool_flag, result, status};
-use cram_tests::frontend::{Guest, Options, Request, TestDaemon};
+use cram_abi::wire::{
+    self, NewPool, PAGE_SHIFT, RESPONSE_SIZE, feature, op, pool_flag, result, status,
+};
+use cram_tests::frontend::{Guest, Options, Request, TestDaemon, page};
 use serde_json::json;
 use zerocopy::IntoBytes;
 
@@ -221,4 +223,137 @@ fn a_shared_pool_is_shared_by_those_who_may() -> Result<()> {
     )?;
     assert_eq!(status_of(first, &request(0))?, status::DENIED);
     daemon.check_store()
+}
+
+#[test]
+fn who_is_no_longer_authorised_loses_the_shared_pool() -> Result<()> {
+    let daemon = TestDaemon::start(2, CAPACITY)?;
+    let shared = Request::new_pool(1, pool_flag::SHARED, UUID);
+    let authorise = |client: &str, revoke: bool| {
+        let params = json!({"client": client, "uuid": UUID_TEXT, "revoke": revoke});
+        daemon.call("pool.authorise", params)
+    };
+    let (mut first, mut second) = (daemon.connect(0)?, daemon.connect(1)?);
+    for (guest, name) in [(&mut first, "guest0"), (&mut second, "guest1")] {
+        authorise(name, false)?;
+        assert_eq!(status_of(guest, &shared)?, status::OK);
+    }
+    assert_eq!(first.put(1, &[1, 2])?, [result::OK; 2]);
+    authorise("guest0", true)?;
+    for request in [
+        Request::put(1, 0, &[(3, page(3))]),
+        Request::get(1, 0, &[1]),
+        Request::flush_object(1, 0),
+        Request::destroy_pool(1),
+    ] {
+        assert_eq!(status_of(&mut first, &request)?, status::NO_POOL);
+    }
+    assert_eq!(status_of(&mut first, &shared)?, status::DENIED);
+    // The others keep what is there.
+    assert_eq!(second.get(1, &[1, 2, 3])?[..2], [result::OK; 2]);
+    daemon.check_store()
+}
+
+#[test]
+fn a_shared_pool_has_one_id() -> Result<()> {
+    let daemon = TestDaemon::start(1, CAPACITY)?;
+    let params = json!({"client": "guest0", "uuid": UUID_TEXT});
+    daemon.call("pool.authorise", params)?;
+    let mut guest = daemon.connect(0)?;
+    let shared = |id| Request::new_pool(id, pool_flag::SHARED, UUID);
+    assert_eq!(status_of(&mut guest, &shared(1))?, status::OK);
+    assert_eq!(status_of(&mut guest, &shared(2))?, status::DENIED);
+    assert_eq!(status_of(&mut guest, &shared(1))?, status::OK);
+    assert_eq!(
+        status_of(&mut guest, &Request::destroy_pool(1))?,
+        status::OK
+    );
+    assert_eq!(status_of(&mut guest, &shared(2))?, status::OK);
+    daemon.check_store()
+}
+
+#[test]
+fn a_pool_of_a_kind_that_this_driver_did_not_accept_can_only_be_destroyed() -> Result<()> {
+    let daemon = TestDaemon::start(1, CAPACITY)?;
+    let params = json!({"client": "guest0", "uuid": UUID_TEXT});
+    daemon.call("pool.authorise", params)?;
+    let picky = pool_flag::PERSISTENT | pool_flag::REFUSE_INCOMPRESSIBLE;
+    let kinds = [
+        (0, pool_flag::PERSISTENT, [0; 16], 0),
+        (1, EPHEMERAL, [0; 16], feature::EPHEMERAL),
+        (
+            2,
+            pool_flag::SHARED,
+            UUID,
+            feature::SHARED | feature::EPHEMERAL,
+        ),
+        (3, picky, [0; 16], feature::REFUSE_INCOMPRESSIBLE),
+    ];
+    for accepted in [
+        0,
+        feature::EPHEMERAL,
+        feature::EPHEMERAL | feature::SHARED,
+        feature::REFUSE_INCOMPRESSIBLE,
+    ] {
+        let mut guest = daemon.connect(0)?;
+        for (id, flags, uuid, _) in kinds {
+            let new = Request::new_pool(id, flags, uuid);
+            assert_eq!(status_of(&mut guest, &new)?, status::OK);
+        }
+        drop(guest);
+        let options = Options {
+            features: accepted,
+            ..Options::default()
+        };
+        let mut guest = Guest::connect(&daemon.socket(0), &options)?;
+        for (id, _, _, needed) in kinds {
+            let wanted = if needed & !accepted == 0 {
+                status::OK
+            } else {
+                status::UNSUPPORTED
+            };
+            for request in [
+                Request::put(id, 0, &[(1, page(1))]),
+                Request::get(id, 0, &[1]),
+                Request::flush_page(id, 0, &[(1, 1)]),
+                Request::flush_object(id, 0),
+            ] {
+                let answer = guest.call(1, &request)?;
+                assert_eq!(answer.response.status, wanted, "{id} of {accepted:#x}");
+            }
+            let gone = status_of(&mut guest, &Request::destroy_pool(id))?;
+            assert_eq!(gone, status::OK);
+        }
+    }
+    daemon.check_store()
+}
+
+#[test]
+fn a_pool_beyond_a_lower_limit_is_still_there() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let start = |max_pools| {
+        let arena = folder.path().join("arena");
+        TestDaemon::start_with(1, CAPACITY, |options| {
+            options.store.arena = Some(arena);
+            options.offer.max_pools = max_pools;
+        })
+    };
+    let daemon = start(16)?;
+    let mut guest = daemon.connect(0)?;
+    guest.new_pool(9, pool_flag::PERSISTENT)?;
+    guest.put(9, &[1, 2])?;
+    drop((guest, daemon));
+    let daemon = start(4)?;
+    let mut guest = daemon.connect(0)?;
+    assert_eq!(guest.config()?.max_pools.get(), 4);
+    assert_eq!(guest.new_pool(9, pool_flag::PERSISTENT)?, 2);
+    assert_eq!(guest.get(9, &[1, 2])?, [result::OK; 2]);
+    assert_eq!(guest.put(9, &[3])?, [result::OK]);
+    let again = Request::new_pool(9, pool_flag::PERSISTENT, [0; 16]);
+    assert_eq!(
+        status_of(&mut guest, &Request::destroy_pool(9))?,
+        status::OK
+    );
+    assert_eq!(status_of(&mut guest, &again)?, status::DENIED);
+    Ok(())
 }

@@ -65,6 +65,14 @@ enum Command {
         /// The new weight
         weight: Option<u32>,
     },
+    /// Drop all pages of a client, for instance of a virtual machine that does not come back
+    Reset {
+        /// The client's name
+        client: String,
+        /// Also while it is connected: it loses what it has there
+        #[arg(long)]
+        force: bool,
+    },
     /// Forget a client that has no socket any more, with its pages
     Remove {
         /// The client's name
@@ -243,6 +251,13 @@ fn run(caller: &mut Caller, command: Command) -> Result<(), Failure> {
                 "{client}: weight {}\n",
                 weight.unwrap_or_default()
             ))
+        }
+        Command::Reset { client, force } => {
+            let params = json!({ "client": client, "force": force });
+            let answer = caller.call("client.reset", &params)?;
+            let pages = answer.get("pages").and_then(Value::as_u64);
+            let pages = pages.unwrap_or_default();
+            show(&format!("{client}: {pages} pages dropped\n"))
         }
         Command::Remove { client } => {
             let answer = caller.call("client.remove", &json!({ "client": client }))?;

@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::balance::{Copies, Errand};
-use crate::client::Guest;
-use crate::control::rpc::{Error, INVALID_PARAMS, METHOD_NOT_FOUND, NOT_FOUND};
+use crate::client::{Guest, NO_INSTANCE};
+use crate::control::rpc::{Error, INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, NOT_FOUND};
 use crate::server::Shared;
 use crate::size;
 
@@ -67,6 +67,14 @@ const METHODS: &[Method] = &[
         description: "Tell what a client counts for when the store is full, or set it. 100 is \
                       usual; who uses more than a share by weight gives way first.",
         run: weight,
+    },
+    Method {
+        name: "client.reset",
+        params: "client, force (true or false; optional)",
+        description: "Drop all pools and pages of a client, which gets another generation. Its \
+                      settings stay. With force also while it is connected: it loses what it has \
+                      there.",
+        run: reset,
     },
     Method {
         name: "client.remove",
@@ -216,8 +224,7 @@ fn stats(shared: &Shared) -> Value {
         json!({
             "capacity_bytes": shared.store.capacity_bytes(),
             "pressure": shared.store.pressure(),
-            // A string: JSON's numbers do not hold 64 bits everywhere.
-            "generation": format!("{:016x}", shared.store.generation()),
+            "generation": write_generation(shared.store.generation()),
         }),
     );
     let clients: Vec<_> = shared
@@ -260,6 +267,8 @@ fn client_stats(guest: &Guest) -> Value {
         "socket": guest.socket,
         "connected": guest.is_connected(),
         "frozen": guest.account.is_frozen(),
+        "generation": write_generation(guest.account.generation()),
+        "identified": guest.account.instance() != NO_INSTANCE,
         "quota_bytes": guest.quota_bytes(),
         "weight": guest.account.weight(),
         "pressure": guest.pressure(),
@@ -325,13 +334,46 @@ fn weight(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
     Ok(json!({ "client": guest.name, "weight": guest.account.weight() }))
 }
 
+fn reset(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        client: String,
+        #[serde(default)]
+        force: bool,
+    }
+    let wanted: Params = params(given)?;
+    let guest = guest(shared, &wanted.client)?;
+    if guest.is_connected() && !wanted.force {
+        return Err(Error::new(
+            INVALID_PARAMS,
+            format!(
+                "\"{}\" is connected, and would lose what it has in its pages; \"force\" does it \
+                 all the same",
+                guest.name
+            ),
+        ));
+    }
+    let pages = guest
+        .reset()
+        .map_err(|error| Error::new(INTERNAL_ERROR, error.to_string()))?;
+    Ok(json!({
+        "client": guest.name,
+        "pages": pages,
+        "generation": write_generation(guest.account.generation()),
+    }))
+}
+
 fn remove(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
     let wanted: OnlyClient = params(given)?;
     let name = wanted.client;
     if shared.guest(&name).is_some() {
         return Err(Error::new(
             INVALID_PARAMS,
-            format!("\"{name}\" has a socket; only clients without one can be removed"),
+            format!(
+                "\"{name}\" has a socket; only clients without one can be removed, and \
+                 \"client.reset\" drops the pages of the others"
+            ),
         ));
     }
     let pages = shared
@@ -613,6 +655,11 @@ fn authorise(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error
         "uuid": write_uuid(&uuid),
         "authorised": !wanted.revoke,
     }))
+}
+
+/// A string: JSON's numbers do not hold 64 bits everywhere.
+fn write_generation(generation: u64) -> String {
+    format!("{generation:016x}")
 }
 
 fn write_uuid(uuid: &[u8; 16]) -> String {

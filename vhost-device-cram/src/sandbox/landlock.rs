@@ -2,10 +2,9 @@
 
 //! Where in the file system the daemon can still do something: its sockets' directories.
 //!
-//! It makes short-lived sockets beside those for guests (`relay.rs` says why), and removes its
-//! sockets when it ends. A rule for a directory holds for all that is below it, too. Everything else
-//! is refused: no file is opened, nothing is listed, made or removed. Descriptors that are open already, the arena's and those that a front-end hands over,
-//! are not touched by that.
+//! It removes its sockets when it ends. A rule for a directory holds for all that is below it, too.
+//! Everything else is refused: no file is opened, nothing is listed or made. Descriptors that are open
+//! already, the arena's and those that a front-end hands over, are not touched by that.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -31,23 +30,16 @@ pub enum Level {
     Abi(u32),
 }
 
-/// The directories in which something can be done.
+/// The directories in which files can be removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Places {
-    /// Here sockets are made, connected to, and removed.
-    pub made: BTreeSet<PathBuf>,
-    /// Here they are removed only.
-    pub removed: BTreeSet<PathBuf>,
-}
+pub struct Places(pub BTreeSet<PathBuf>);
 
 impl Places {
     /// What a daemon with these options needs.
     pub fn of(options: &Options) -> Self {
-        let directories = |paths: &[PathBuf]| paths.iter().map(|path| directory_of(path)).collect();
-        Self {
-            made: directories(&options.sockets),
-            removed: directories(options.control_socket.as_slice()),
-        }
+        let sockets = options.guests.iter().map(|guest| &guest.socket);
+        let sockets = sockets.chain(&options.control_socket);
+        Self(sockets.map(|path| directory_of(path)).collect())
     }
 }
 
@@ -63,16 +55,13 @@ pub fn restrict(places: &Places) -> Result<Level, SandboxError> {
         // Neither abstract sockets nor signals to others.
         .scope(Scope::from_all(NEWEST))?
         .create()?;
-    let make = AccessFs::MakeSock | AccessFs::RemoveFile | AccessFs::ResolveUnix;
     let remove = BitFlags::from(AccessFs::RemoveFile);
-    let made = places.made.iter().map(|path| (path, make));
-    let removed = places.removed.iter().map(|path| (path, remove));
-    for (path, access) in made.chain(removed) {
+    for path in &places.0 {
         let directory = PathFd::new(path).map_err(|error| SandboxError::Directory {
             path: path.clone(),
             error,
         })?;
-        rules = rules.add_rule(PathBeneath::new(directory, access))?;
+        rules = rules.add_rule(PathBeneath::new(directory, remove))?;
     }
     let status = rules.restrict_self()?;
     Ok(match (status.ruleset, status.landlock) {

@@ -7,8 +7,8 @@
 //! and reaches no other process. Two locks, each of which holds without the other:
 //!
 //! - [`seccomp`]: which system calls there are, and with which arguments.
-//! - [`landlock`]: where in the file system sockets can be made and removed; nothing else can be
-//!   done to any file.
+//! - [`landlock`]: where in the file system sockets can be removed; nothing else can be done to any
+//!   file.
 //!
 //! Besides, the process is not dumpable. No core dump and no other process of the same user gets
 //! at guests' pages.

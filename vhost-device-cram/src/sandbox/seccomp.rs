@@ -29,11 +29,10 @@ const PLAIN: &[c_long] = &[
     libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_sendto, libc::SYS_sendmsg,
     libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_pwait, libc::SYS_ppoll,
     libc::SYS_eventfd2, libc::SYS_futex, libc::SYS_sched_yield,
-    // Connections. What socket() makes is restricted below.
-    libc::SYS_accept4, libc::SYS_bind, libc::SYS_listen, libc::SYS_connect,
-    libc::SYS_shutdown, libc::SYS_getsockopt,
-    // The private socket, and the end of all sockets: landlock says where.
-    libc::SYS_fchmod, libc::SYS_statx, libc::SYS_newfstatat, libc::SYS_unlinkat,
+    // Connections: accepted, never made.
+    libc::SYS_accept4, libc::SYS_shutdown, libc::SYS_getsockopt,
+    // What kind a descriptor is; and the end of all sockets: landlock says where.
+    libc::SYS_statx, libc::SYS_newfstatat, libc::SYS_unlinkat,
     // Memory. How it comes is restricted below.
     libc::SYS_munmap, libc::SYS_mremap, libc::SYS_brk,
     // Time.
@@ -78,8 +77,6 @@ const THREAD_MAY: u64 = flags(
 );
 /// Priorities of a thread. (In the `libc` crate its type depends on the C library.)
 const PRIO_PROCESS: u64 = 0;
-/// The part of a socket's type that is no flag.
-const SOCKET_TYPE: u64 = 0xf;
 
 /// The bits of an argument of type `int`.
 #[allow(clippy::cast_sign_loss, reason = "it is the bits that count")]
@@ -158,14 +155,6 @@ fn program(
 /// Calls that are allowed with some arguments only: one of the rules must hold.
 fn conditional() -> Result<Vec<(c_long, Vec<SeccompRule>)>, Error> {
     let calls = vec![
-        // No network.
-        (
-            libc::SYS_socket,
-            vec![rule([
-                is(0, flags(libc::AF_UNIX))?,
-                masked(1, SOCKET_TYPE, flags(libc::SOCK_STREAM))?,
-            ])?],
-        ),
         (
             libc::SYS_setsockopt,
             any([libc::SO_RCVTIMEO, libc::SO_SNDTIMEO], |option| {
@@ -179,6 +168,7 @@ fn conditional() -> Result<Vec<(c_long, Vec<SeccompRule>)>, Error> {
                     libc::F_DUPFD_CLOEXEC,
                     libc::F_GETFD,
                     libc::F_GETFL,
+                    libc::F_SETFL,
                     libc::F_GET_SEALS,
                 ],
                 |command| rule([is(1, flags(command))?]),
@@ -228,7 +218,7 @@ fn conditional() -> Result<Vec<(c_long, Vec<SeccompRule>)>, Error> {
         (libc::SYS_setpriority, vec![own_priority()?]),
         // A worker that is pinned to a processor does that itself.
         (libc::SYS_sched_setaffinity, vec![rule([is(0, 0)?])?]),
-        // abort() sends a signal to this process.
+        // abort() sends a signal to this process, and a worker that does not end is interrupted by one.
         (
             libc::SYS_tgkill,
             vec![rule([is(0, u64::from(std::process::id()))?])?],

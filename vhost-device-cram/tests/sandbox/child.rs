@@ -9,7 +9,7 @@ use std::process::Command;
 
 use rustix::io::Errno;
 use vhost_device_cram::client::Offer;
-use vhost_device_cram::server::{Options, StoreOptions};
+use vhost_device_cram::server::{GuestOptions, Options, StoreOptions};
 
 /// Names the folder to a child, and makes it one.
 const FOLDER: &str = "CRAM_SANDBOXED_IN";
@@ -61,7 +61,8 @@ pub(crate) fn run(test: &str, attempts: impl FnOnce(&Path)) -> Ended {
 pub(crate) fn options(folder: &Path) -> Options {
     let [guests, control] = ["guests", "control"].map(|name| made(folder, name));
     Options {
-        sockets: vec![guests.join("vm1.sock")],
+        guests: vec![GuestOptions::of_socket(guests.join("vm1.sock"))],
+        keep: None,
         control_socket: Some(control.join("control.sock")),
         store: StoreOptions::with_capacity(64 << 20),
         quota_bytes: None,

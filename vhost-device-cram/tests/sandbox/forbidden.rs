@@ -16,7 +16,6 @@ use vhost_device_cram::sandbox::confine;
 use vhost_device_cram::sandbox::landlock::Level;
 use vhost_device_cram::sandbox::seccomp::Reaction;
 use vhost_device_cram::server::Ready;
-use vhost_device_cram::socket::private_connection;
 
 use crate::child::{self, options, refused};
 
@@ -171,12 +170,19 @@ fn there_is_no_network_and_no_way_around() {
                 );
             }
             let local = bits(libc::AF_UNIX);
-            for kind in [libc::SOCK_DGRAM, libc::SOCK_SEQPACKET, libc::SOCK_RAW] {
+            for kind in [
+                libc::SOCK_STREAM,
+                libc::SOCK_DGRAM,
+                libc::SOCK_SEQPACKET,
+                libc::SOCK_RAW,
+            ] {
                 denied(
-                    "datagrams",
+                    "a local socket",
                     call(libc::SYS_socket, [local, bits(kind), 0, 0, 0]),
                 );
             }
+            denied("connecting", call(libc::SYS_connect, [0; 5]));
+            denied("listening", call(libc::SYS_listen, [0; 5]));
             denied(
                 "a pair",
                 call(libc::SYS_socketpair, [local, stream, 0, 0, 0]),
@@ -270,23 +276,21 @@ fn no_file_is_opened_made_or_removed() {
         }
 
         // The rest is landlock's.
-        let Level::Abi(abi) = confinement.landlock else {
+        let Level::Abi(_) = confinement.landlock else {
             println!("this kernel has no landlock: sockets were not tried");
             return;
         };
         refused("removing", std::fs::remove_file(&outside), Errno::ACCESS);
         for place in [folder.join("new.sock"), folder.join("control/new.sock")] {
-            refused("a socket", UnixListener::bind(place), Errno::ACCESS);
+            refused("a socket", UnixListener::bind(place), Errno::PERM);
         }
         std::fs::remove_file(&inside).unwrap();
         std::fs::remove_file(folder.join("control/file")).unwrap();
-        if abi >= 6 {
-            refused(
-                "abstract sockets",
-                UnixStream::connect_addr(&address),
-                Errno::PERM,
-            );
-        }
+        refused(
+            "abstract sockets",
+            UnixStream::connect_addr(&address),
+            Errno::PERM,
+        );
         drop(other);
     });
     ended.expect_done();
@@ -296,10 +300,9 @@ fn no_file_is_opened_made_or_removed() {
 #[test]
 fn what_is_needed_can_be_done() {
     let ended = child::run("forbidden::what_is_needed_can_be_done", |folder| {
+        let (near, far) = UnixStream::pair().unwrap();
         let ready = locked(folder, Reaction::Refuse);
         let socket = folder.join("guests/vm1.sock");
-        let (listener, near) = private_connection(&socket).unwrap();
-        let (far, _) = listener.accept().unwrap();
         far.set_read_timeout(Some(std::time::Duration::from_millis(1)))
             .unwrap();
         refused("reading", io::Read::read(&mut &far, &mut [0]), Errno::AGAIN);
@@ -358,6 +361,46 @@ fn call_map(at: *const libc::c_void, flags: c_int) -> *const libc::c_void {
     let page = unsafe { libc::mmap(at.cast_mut(), 4096, protection, flags, -1, 0) };
     assert_ne!(page, libc::MAP_FAILED);
     page
+}
+
+/// Guests' memory may go away; what is gone anywhere else ends the process, rather than be zeroes.
+#[test]
+fn memory_that_is_no_guests_is_not_replaced() {
+    let name = "forbidden::memory_that_is_no_guests_is_not_replaced";
+    let ended = child::run(name, |folder| {
+        let path = folder.join("memory");
+        std::fs::write(&path, [1; 4096]).unwrap();
+        let file = std::fs::File::options().read(true).write(true).open(&path);
+        let file = file.unwrap();
+        let map = || {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let (flags, fd) = (libc::MAP_SHARED, file.as_raw_fd());
+            // SAFETY: a new mapping, at a place that the kernel chooses.
+            let at = unsafe { libc::mmap(null_mut(), 4096, protection, flags, fd, 0) };
+            assert_ne!(at, libc::MAP_FAILED);
+            at.cast::<u8>()
+        };
+        let (guests, ours) = (map(), map());
+        let lost = std::sync::Arc::default();
+        let begin = guests as usize;
+        let watch = vhost_device_cram::sigbus::watch(begin..begin + 4096, &lost).unwrap();
+        file.set_len(0).unwrap();
+        // SAFETY: it is mapped, and what is gone there is replaced.
+        assert_eq!(unsafe { guests.read_volatile() }, 0);
+        assert!(lost.load(std::sync::atomic::Ordering::SeqCst));
+        drop(watch);
+        println!("the guest's is replaced");
+        // SAFETY: it is mapped; the process ends here.
+        assert_eq!(unsafe { ours.read_volatile() }, 0);
+        println!("and ours, too");
+    });
+    assert_eq!(ended.signal, Some(libc::SIGBUS), "{}", ended.text);
+    assert!(
+        ended.text.contains("the guest's is replaced"),
+        "{}",
+        ended.text
+    );
+    assert!(!ended.text.contains("and ours"), "{}", ended.text);
 }
 
 /// `abort` is how the standard library ends a process that cannot go on; it must not hang.

@@ -65,7 +65,7 @@ fn without_seccomp_there_is_an_error_that_says_what_to_do() {
         assert!(text.ends_with("--sandbox off goes without"), "{text}");
         // What was made before is removed, although landlock is in force.
         drop(ready);
-        assert!(options.sockets.iter().all(|socket| !socket.exists()));
+        assert!(options.guests.iter().all(|guest| !guest.socket.exists()));
     });
     ended.expect_done();
 }

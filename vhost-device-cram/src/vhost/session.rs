@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a front-end's messages mean, one after the other.
+//!
+//! A message that is refused ends the connection. One that is acknowledged is in force: no worker
+//! uses what it replaced.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use cram_abi::wire::{CONFIG_SIZE, feature};
+use cram_store::StoreError;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use super::channel::Received;
+use super::memory::{Memory, MemoryError, REGIONS_MAX};
+use super::message::{Addresses, Message, Region, Reply};
+use super::notifier::{self, Notifier, NotifierError};
+use crate::client::{Instance, NO_INSTANCE};
+use crate::device::{Device, FEATURES, PROTOCOL_FEATURES_BIT};
+use crate::ring::Ring;
+
+/// Protocol features, as bits.
+pub mod protocol {
+    #![allow(missing_docs, reason = "they are vhost-user's names")]
+    pub const MQ: u64 = 1 << 0;
+    pub const REPLY_ACK: u64 = 1 << 3;
+    pub const BACKEND_REQ: u64 = 1 << 5;
+    pub const CONFIG: u64 = 1 << 9;
+    pub const RESET_DEVICE: u64 = 1 << 13;
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// All that are offered.
+    pub const OFFERED: u64 =
+        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
+}
+
+/// Why a message is refused. The text is for the log.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Not as many descriptors as the message has.
+    #[error("{found} descriptors came with message {code}")]
+    Descriptors {
+        /// The message's code.
+        code: u32,
+        /// How many there were.
+        found: usize,
+    },
+    /// It needs a feature that was not negotiated.
+    #[error("{0} needs a feature that was not negotiated")]
+    NotNegotiated(&'static str),
+    /// It may come once.
+    #[error("the device is owned already")]
+    Owned,
+    /// What was not offered.
+    #[error("features {0:#x} were not offered")]
+    NotOffered(u64),
+    /// Features that the device cannot do without.
+    #[error("features {0:#x} cannot be used: VERSION_1 is needed, and EPHEMERAL for SHARED")]
+    Features(u64),
+    /// There is no such ring.
+    #[error("there is no ring {0}")]
+    NoRing(u32),
+    /// A size that no ring has.
+    #[error("ring {ring} cannot have {size} entries")]
+    Size {
+        /// The ring.
+        ring: u32,
+        /// The size.
+        size: u32,
+    },
+    /// An index that no ring has.
+    #[error("ring {ring} cannot begin at {index}")]
+    Base {
+        /// The ring.
+        ring: u32,
+        /// The index.
+        index: u32,
+    },
+    /// It lies elsewhere, or is not aligned.
+    #[error("ring {0} is not in the guest's memory")]
+    Place(u32),
+    /// A ring cannot be served without.
+    #[error("ring {0} has no descriptor to be kicked by")]
+    NoKick(u32),
+    /// What a guest may not have as memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// What cannot wake anybody.
+    #[error(transparent)]
+    Notifier(#[from] NotifierError),
+    /// The cookie comes too late, is another one than before, or is none.
+    #[error("the front-end says too late, or twice, or wrongly, which virtual machine it has")]
+    Instance,
+    /// The pages of the virtual machine before cannot be dropped, and nobody else may have them.
+    #[error("whose pages these are cannot be settled: {0}")]
+    Store(#[from] StoreError),
+    /// The guest's memory is gone.
+    #[error("part of the guest's memory is gone")]
+    MemoryGone,
+}
+
+/// What the messages of one connection have come to.
+pub struct Session<'a> {
+    device: &'a Device,
+    owned: bool,
+    /// Protocol features in force.
+    protocol: u64,
+    /// Virtio features in force, if there are any.
+    features: Option<u64>,
+    memory: Arc<Memory>,
+    /// Which virtual machine this is, once that is settled.
+    instance: Option<Option<Instance>>,
+}
+
+impl<'a> Session<'a> {
+    /// A connection without a message yet.
+    pub fn new(device: &'a Device) -> Self {
+        Session {
+            device,
+            owned: false,
+            protocol: 0,
+            features: None,
+            memory: Arc::new(Memory::default()),
+            instance: None,
+        }
+    }
+
+    /// Does what a message says. What is to be answered, and whether that was all.
+    pub fn handle(&mut self, received: Received) -> (Option<Vec<u8>>, Result<(), Refusal>) {
+        let header = received.header;
+        let (message, fds) = (received.message, received.fds);
+        let outcome = if message.descriptors().contains(&fds.len()) {
+            self.act(message, fds)
+        } else {
+            Err(Refusal::Descriptors {
+                code: header.code,
+                found: fds.len(),
+            })
+        };
+        // The memory may have gone while a ring was looked at: then that is the reason.
+        let outcome = match outcome {
+            _ if !self.memory.is_intact() => Err(Refusal::MemoryGone),
+            outcome => outcome,
+        };
+        let wants_ack = header.needs_reply && self.protocol & protocol::REPLY_ACK != 0;
+        let (reply, verdict) = match outcome {
+            Ok(None) => (wants_ack.then_some(Reply::Number(0)), Ok(())),
+            Ok(reply) => (reply, Ok(())),
+            Err(refusal) => (wants_ack.then_some(Reply::Number(1)), Err(refusal)),
+        };
+        (reply.map(|reply| reply.bytes(header.code)), verdict)
+    }
+
+    fn act(&mut self, message: Message, fds: Vec<OwnedFd>) -> Result<Option<Reply>, Refusal> {
+        let mut fds = fds.into_iter();
+        let done = match message {
+            Message::GetFeatures => return number(FEATURES),
+            Message::GetProtocolFeatures => return number(protocol::OFFERED),
+            Message::GetQueueNum => {
+                self.needs(protocol::MQ, "GET_QUEUE_NUM")?;
+                return number(self.device.rings().len() as u64);
+            }
+            Message::GetMaxMemSlots => {
+                self.needs(protocol::CONFIGURE_MEM_SLOTS, "GET_MAX_MEM_SLOTS")?;
+                return number(REGIONS_MAX as u64);
+            }
+            Message::GetConfig(offset, length) => {
+                self.needs(protocol::CONFIG, "GET_CONFIG")?;
+                self.settle(None)?;
+                let bytes = self.device.read_config(offset, length);
+                return Ok(Some(Reply::Config(offset, bytes)));
+            }
+            Message::GetVringBase(ring) => {
+                let base = self.device.stop_ring(self.index(ring)?);
+                return Ok(Some(Reply::State(ring, base.into())));
+            }
+            Message::SetOwner if self.owned => Err(Refusal::Owned),
+            Message::SetOwner => {
+                self.owned = true;
+                Ok(())
+            }
+            Message::ResetOwner => {
+                self.owned = false;
+                self.reset();
+                Ok(())
+            }
+            Message::SetFeatures(features) => self.set_features(features),
+            Message::SetProtocolFeatures(features) => self.set_protocol_features(features),
+            Message::SetMemTable(regions) => self.set_memory(&regions, fds),
+            Message::AddMemReg(region) => self.add_memory(region, fds.next()),
+            Message::RemMemReg(region) => self.remove_memory(region),
+            Message::SetVringNum(ring, size) => self.set_size(ring, size),
+            Message::SetVringAddr(ring, addresses) => self.set_addresses(ring, addresses),
+            Message::SetVringBase(ring, base) => self.set_base(ring, base),
+            Message::SetVringKick(ring, _) => self.set_kick(ring, fds.next()),
+            Message::SetVringCall(ring, _) => self.set_call(ring, fds.next()),
+            Message::SetVringErr(ring, _) => self.set_error(ring, fds.next()),
+            Message::SetVringEnable(ring, enable) => self.set_enabled(ring, enable),
+            Message::SetBackendReqFd => self.set_channel(fds.next()),
+            Message::SetConfig(offset, bytes) => self.set_config(offset, &bytes),
+            Message::ResetDevice => {
+                self.needs(protocol::RESET_DEVICE, "RESET_DEVICE")?;
+                self.reset();
+                Ok(())
+            }
+        };
+        done.map(|()| None)
+    }
+
+    fn needs(&self, feature: u64, message: &'static str) -> Result<(), Refusal> {
+        if self.protocol & feature == 0 {
+            return Err(Refusal::NotNegotiated(message));
+        }
+        Ok(())
+    }
+
+    /// All that the guest sees of the configuration space is read-only: writes are ignored, as the
+    /// protocol says. Behind that lies what it does not see.
+    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Refusal> {
+        self.needs(protocol::CONFIG, "SET_CONFIG")?;
+        let offset = usize::try_from(offset).map_err(|_| Refusal::Instance)?;
+        let end = offset.checked_add(bytes.len()).ok_or(Refusal::Instance)?;
+        if end <= CONFIG_SIZE {
+            return Ok(());
+        }
+        let instance = bytes.try_into().map_err(|_| Refusal::Instance)?;
+        if offset != CONFIG_SIZE || instance == NO_INSTANCE {
+            return Err(Refusal::Instance);
+        }
+        self.settle(Some(instance))
+    }
+
+    /// Settles which virtual machine this is: what it says first counts, and that it says nothing
+    /// before it reads the configuration or starts a ring.
+    fn settle(&mut self, instance: Option<Instance>) -> Result<(), Refusal> {
+        match self.instance {
+            None => {
+                self.device.claim(instance)?;
+                self.instance = Some(instance);
+                Ok(())
+            }
+            Some(known) if instance.is_none() || known == instance => Ok(()),
+            Some(_) => Err(Refusal::Instance),
+        }
+    }
+
+    fn index(&self, ring: u32) -> Result<usize, Refusal> {
+        usize::try_from(ring)
+            .ok()
+            .filter(|index| *index < self.device.rings().len())
+            .ok_or(Refusal::NoRing(ring))
+    }
+
+    /// Changes a ring while no worker is at it, and has its worker look at it.
+    fn change<T>(
+        &self,
+        ring: u32,
+        change: impl FnOnce(&mut Ring) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        self.device.change_ring(self.index(ring)?, change)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), Refusal> {
+        let not_offered = features & !FEATURES;
+        if not_offered != 0 {
+            return Err(Refusal::NotOffered(not_offered));
+        }
+        let is_shared = features & feature::SHARED != 0;
+        if features & 1 << VIRTIO_F_VERSION_1 == 0
+            || is_shared && features & feature::EPHEMERAL == 0
+        {
+            return Err(Refusal::Features(features));
+        }
+        self.features = Some(features);
+        self.device.set_features(features);
+        Ok(())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), Refusal> {
+        let not_offered = features & !protocol::OFFERED;
+        if not_offered != 0 {
+            return Err(Refusal::NotOffered(not_offered));
+        }
+        self.protocol = features;
+        Ok(())
+    }
+
+    fn set_memory(
+        &mut self,
+        regions: &[Region],
+        fds: impl Iterator<Item = OwnedFd>,
+    ) -> Result<(), Refusal> {
+        let none = self.memory.emptied();
+        let memory = regions
+            .iter()
+            .zip(fds)
+            .try_fold(none, |memory, (region, fd)| {
+                memory.with(*region, File::from(fd))
+            })?;
+        self.use_memory(memory);
+        Ok(())
+    }
+
+    fn add_memory(&mut self, region: Region, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+        self.needs(protocol::CONFIGURE_MEM_SLOTS, "ADD_MEM_REG")?;
+        if let Some(fd) = fd {
+            let memory = self.memory.with(region, File::from(fd))?;
+            self.use_memory(memory);
+        }
+        Ok(())
+    }
+
+    fn remove_memory(&mut self, region: Region) -> Result<(), Refusal> {
+        self.needs(protocol::CONFIGURE_MEM_SLOTS, "REM_MEM_REG")?;
+        let memory = self.memory.without(region)?;
+        self.use_memory(memory);
+        Ok(())
+    }
+
+    /// From now on; afterwards no worker has the memory of before.
+    fn use_memory(&mut self, memory: Memory) {
+        self.memory = Arc::new(memory);
+        self.device.use_memory(&self.memory);
+    }
+
+    fn set_size(&self, ring: u32, size: u32) -> Result<(), Refusal> {
+        self.change(ring, |state| {
+            let size = u16::try_from(size).map_err(|_| Refusal::Size { ring, size })?;
+            let refused = Refusal::Size {
+                ring,
+                size: size.into(),
+            };
+            state.set_size(size).map_err(|_| refused)
+        })
+    }
+
+    fn set_addresses(&self, ring: u32, addresses: Addresses) -> Result<(), Refusal> {
+        let guest = |user| self.memory.guest_address(user);
+        let places = guest(addresses.descriptors)
+            .zip(guest(addresses.available))
+            .zip(guest(addresses.used));
+        let ((descriptors, available), used) = places.ok_or(Refusal::Place(ring))?;
+        self.change(ring, |state| {
+            let set = state.set_addresses(descriptors, available, used);
+            set.map_err(|_| Refusal::Place(ring))
+        })
+    }
+
+    fn set_base(&self, ring: u32, base: u32) -> Result<(), Refusal> {
+        let index = u16::try_from(base).map_err(|_| Refusal::Base { ring, index: base })?;
+        self.change(ring, |state| {
+            state.set_base(index);
+            Ok(())
+        })
+    }
+
+    fn set_kick(&mut self, ring: u32, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+        let index = self.index(ring)?;
+        self.settle(None)?;
+        let fd = fd.ok_or(Refusal::NoKick(ring))?;
+        notifier::check(std::os::fd::AsFd::as_fd(&fd))?;
+        Ok(self.device.start_ring(index, fd)?)
+    }
+
+    fn set_call(&self, ring: u32, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+        let call = fd.map(Notifier::new).transpose()?;
+        self.change(ring, |state| {
+            state.set_call(call);
+            Ok(())
+        })
+    }
+
+    fn set_error(&self, ring: u32, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+        let error = fd.map(Notifier::new).transpose()?;
+        self.change(ring, |state| {
+            state.set_error(error);
+            Ok(())
+        })
+    }
+
+    fn set_enabled(&self, ring: u32, enabled: bool) -> Result<(), Refusal> {
+        let features = self.features.unwrap_or_default();
+        if features & PROTOCOL_FEATURES_BIT == 0 {
+            return Err(Refusal::NotNegotiated("SET_VRING_ENABLE"));
+        }
+        self.change(ring, |state| {
+            state.set_enabled(enabled);
+            Ok(())
+        })
+    }
+
+    fn set_channel(&self, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+        self.needs(protocol::BACKEND_REQ, "SET_BACKEND_REQ_FD")?;
+        if let Some(fd) = fd {
+            self.device.set_backend_channel(fd);
+        }
+        Ok(())
+    }
+
+    /// Back to the beginning, but for the memory and the protocol features.
+    fn reset(&mut self) {
+        self.features = None;
+        self.device.reset();
+    }
+}
+
+#[allow(clippy::unnecessary_wraps, reason = "as all other answers")]
+fn number(number: u64) -> Result<Option<Reply>, Refusal> {
+    Ok(Some(Reply::Number(number)))
+}
