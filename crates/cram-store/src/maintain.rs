@@ -5,9 +5,10 @@
 //!
 //! In this order: it has spans ready, so that puts need not wait for the host's
 //! memory; it gives spans back that are free and not needed; it compacts as long
-//! as enough is dead; and when nobody puts or gets, it packs cold pages once
-//! more. After each piece of work it sleeps as long as its share demands. With
-//! nothing to do it wakes once a second, for microseconds.
+//! as enough is dead; and it packs cold pages once more, at half its share while
+//! the store is busy: a guest that always does something has cold pages, too.
+//! After each piece of work it sleeps as long as its share demands. With nothing
+//! to do it wakes once a second, for microseconds.
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -25,7 +26,7 @@ const REST: Duration = Duration::from_secs(1);
 const WATCH: Duration = Duration::from_millis(100);
 /// With fewer puts and gets than this in a second the store is idle.
 const IDLE_OPERATIONS_PER_S: u64 = 1000;
-/// Records packed before it looks again whether the store is still idle: less than a millisecond.
+/// Records packed before it rests: a millisecond's work.
 const RECORDS: usize = 32;
 /// Spans that are kept ready while puts come in.
 const READY_SPANS: usize = 3;
@@ -114,9 +115,17 @@ impl Round {
         let is_more = self.tidy(core);
         // What was worked (to look whether there is work is some, too), the share allows; the rest
         // is slept.
-        let rest = rest_after(began.elapsed(), self.background.cpu_percent);
+        let rest = rest_after(began.elapsed(), self.share());
         self.rested_at = Instant::now() + rest;
         if is_more { rest } else { rest.max(REST) }
+    }
+
+    /// In percent of one processor.
+    fn share(&self) -> u32 {
+        match self.is_idle {
+            true => self.background.cpu_percent,
+            false => self.background.cpu_percent.div_ceil(2),
+        }
     }
 
     /// Has spans ready while puts come in, and gives back what is too many.
@@ -152,10 +161,8 @@ impl Round {
             return true;
         }
         match self.background.cold_after {
-            Some(cold_after) if self.is_idle => {
-                core.recompress_some(&mut self.repacker, cold_after, RECORDS)
-            }
-            _ => false,
+            Some(cold_after) => core.recompress_some(&mut self.repacker, cold_after, RECORDS),
+            None => false,
         }
     }
 }
@@ -231,5 +238,44 @@ mod tests {
             assert!(round.work(core) > Duration::from_secs(60));
             assert_eq!(core.arena.spans().in_use().count(), held);
         }
+    }
+
+    #[test]
+    fn cold_pages_are_packed_again_also_while_the_store_is_busy() {
+        let store = Store::new(StoreConfig {
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let client = store.add_client("guest", None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let (pool, mut scratch) = (client.pool(PoolId(0)).unwrap(), Scratch::new());
+        let (mut page, mut state) = ([0; PAGE_SIZE], 0_u64);
+        let mut round = Round::new(Background {
+            cpu_percent: 100,
+            cold_after: Some(Duration::ZERO),
+        });
+        for index in 0..5000_u32 {
+            // Letters: lz4 leaves most of it, zstd does not.
+            for byte in &mut page {
+                state = crate::arena::mix(state.wrapping_add(1));
+                *byte = b'a' + (state % 4) as u8;
+            }
+            let put = pool.put(ObjectId([0; 3]), index, &page, &mut scratch);
+            assert_eq!(put, PutResult::Stored);
+        }
+        round.is_idle = false;
+        round.seen = Instant::now() + Duration::from_secs(3600);
+        assert_eq!(round.share(), 50);
+        let core = &store.core;
+        while store.stats().recompressed_pages == 0 {
+            round.rested_at = Instant::now();
+            assert!(round.work(core) < REST, "nothing was found to do");
+        }
+        assert!(!round.is_idle);
     }
 }
