@@ -299,7 +299,7 @@ impl Client {
             }
         }
         self.core.erase_entry(&(Kind::Space, space.number, 0));
-        let removed = space.destroy(&self.core);
+        let removed = self.core.destroy(space);
         if space.is_shared() {
             self.core.remove_account(&space.payer);
             self.core.sweep_accounts();

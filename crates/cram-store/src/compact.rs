@@ -16,8 +16,9 @@
 
 use crate::arena::{Layout, Role, SpanInfo, Trust, now};
 use crate::budget::Shortage;
-use crate::core::{Core, Target};
+use crate::core::Core;
 use crate::evict::Whose;
+use crate::ledger::Target;
 use crate::queue::{Class, Visit};
 use crate::replace::How;
 use crate::sync::atomic::Ordering::Relaxed;
@@ -52,11 +53,6 @@ pub(crate) enum Step {
 }
 
 impl Core {
-    /// Whether a put could have another span.
-    pub(crate) fn has_span(&self) -> bool {
-        self.arena.has_span()
-    }
-
     /// Makes room for a span: evicts what may be evicted, else compacts. False when all is in vain.
     ///
     /// Takes all kinds of locks: call it with none held.

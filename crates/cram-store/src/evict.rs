@@ -11,8 +11,9 @@ use std::sync::Arc;
 
 use crate::account::{Account, Holder};
 use crate::arena::{Found, Header, Kind, Role, SpanInfo, Trust};
-use crate::core::{Core, Target};
+use crate::core::Core;
 use crate::index::Key;
+use crate::ledger::Target;
 use crate::queue::{Class, SharedCursor, Visit};
 use crate::replace::How;
 use crate::space::Space;

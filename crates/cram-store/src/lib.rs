@@ -36,6 +36,18 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+// The modules, from the floor up. Each imports what stands above it in this list, never what is
+// below; `tests/layers.rs` sees to it that there are no circles.
+//
+// - `sync`, `budget`, `prefetch`, `codec`: know nothing of the store.
+// - `arena`: the mapped file, spans, records, pins. Knows no client.
+// - `spec`, `settings`, `config`: what everybody may know of pools, clients and the operator's wishes.
+// - `account`, `objects`, `catalogue`, `domain`, `index`, `queue`, `stats`, …: what is known of records,
+//   each by itself; `ledger` has them all, and `replace` is how a record takes another's place.
+// - `space`: a pool's pages over the ledger. `core`: the ledger and the spaces.
+// - `relocate`, `policy`, `evict`, `compact`, `share`, `recompress`, `maintain`: what moves pages.
+// - `recover`: makes all of that from an arena.
+// - `pool`, `client`, `store`, `check`: the public face.
 #![deny(unsafe_code)]
 
 mod account;
@@ -57,6 +69,7 @@ pub mod forge;
 mod ghosts;
 mod index;
 mod leaf;
+mod ledger;
 mod maintain;
 mod objects;
 mod policy;
@@ -65,6 +78,7 @@ mod prefetch;
 mod queue;
 mod recompress;
 mod recover;
+mod relocate;
 mod replace;
 mod settings;
 mod share;

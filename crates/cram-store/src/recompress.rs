@@ -14,7 +14,8 @@ use crate::Page;
 use crate::arena::{Found, Header, Kind, Role, SpanInfo, Trust, now};
 use crate::budget::Shortage;
 use crate::codec::{Scratch, is_filled};
-use crate::core::{Core, Target};
+use crate::core::Core;
+use crate::ledger::Target;
 use crate::queue::Visit;
 use crate::replace::How;
 

@@ -15,10 +15,10 @@ use crate::account::{Account, Purse};
 use crate::arena::{Damaged, Header, Kind, Place, Record, mix};
 use crate::budget::Shortage;
 use crate::catalogue::OBJECT_BYTES;
-use crate::core::{Core, Target};
 use crate::domain::Domain;
 use crate::index::{HashKeys, Index, Key, Numbers, Prepared, leaf_hash};
 use crate::leaf::PAGES_PER_LEAF;
+use crate::ledger::{Ledger, Target};
 use crate::objects::{Object, Objects};
 use crate::queue::Class;
 use crate::replace::{How, Old, Slot};
@@ -65,7 +65,7 @@ pub(crate) struct Space {
 
 /// Gives objects of a space their numbers, on behalf of an owner.
 struct Numbering<'a> {
-    core: &'a Core,
+    core: &'a Ledger,
     space: &'a Space,
     owner: u16,
 }
@@ -126,7 +126,7 @@ impl Slot for PutSlot<'_> {
         self.index.enter(self.prepared, to);
     }
 
-    fn recount(&mut self, core: &Core, new: &Header, to: Place) {
+    fn recount(&mut self, core: &Ledger, new: &Header, to: Place) {
         let space = self.space;
         core.note_twin(space.sharing_domain(), new, to);
         match &self.old {
@@ -172,7 +172,7 @@ impl Obstacle {
 impl Space {
     /// Makes an empty space, whose structures `payer` pays for.
     pub(crate) fn new(
-        core: &Core,
+        core: &Ledger,
         number: u32,
         keeping: Keeping,
         uuid: [u8; 16],
@@ -203,7 +203,7 @@ impl Space {
     }
 
     /// Bytes of an empty space and of one client's handle on it.
-    pub(crate) fn fixed_bytes(core: &Core) -> u64 {
+    pub(crate) fn fixed_bytes(core: &Ledger) -> u64 {
         let shards = core.shards_per_space * size_of::<Shard>();
         (size_of::<Self>() + Tally::bytes(core.stripes) + shards + 512) as u64
     }
@@ -246,7 +246,7 @@ impl Space {
         self.keys.hash_one((key.object, key.index))
     }
 
-    fn numbering<'a>(&'a self, core: &'a Core, owner: u16) -> Numbering<'a> {
+    fn numbering<'a>(&'a self, core: &'a Ledger, owner: u16) -> Numbering<'a> {
         Numbering {
             core,
             space: self,
@@ -255,7 +255,7 @@ impl Space {
     }
 
     /// What a page with so many bytes of payload is billed to the client that put it.
-    pub(crate) fn bill_bytes(&self, core: &Core, payload: usize) -> u64 {
+    pub(crate) fn bill_bytes(&self, core: &Ledger, payload: usize) -> u64 {
         let shared = if self.is_shared() {
             SHARED_PAGE_BYTES
         } else {
@@ -265,7 +265,7 @@ impl Space {
     }
 
     /// Who pays for its tables.
-    pub(crate) fn purse<'a>(&'a self, core: &'a Core) -> Purse<'a> {
+    pub(crate) fn purse<'a>(&'a self, core: &'a Ledger) -> Purse<'a> {
         Purse {
             budget: &core.budget,
             payer: &self.payer,
@@ -274,7 +274,7 @@ impl Space {
 
     /// What the payer is billed for one record of an object: the record, and with all of them its
     /// entry in the table of objects.
-    pub(crate) fn object_copy_bytes(&self, core: &Core) -> u64 {
+    pub(crate) fn object_copy_bytes(&self, core: &Ledger) -> u64 {
         core.record_bytes(OBJECT_BYTES) + Objects::ENTRY_BYTES / self.object_copies() as u64
     }
 
@@ -286,7 +286,7 @@ impl Space {
     /// Writes the records of an object, and bills them.
     fn write_object(
         &self,
-        core: &Core,
+        core: &Ledger,
         number: u32,
         object: &Object,
     ) -> Result<[Option<Place>; 2], Shortage> {
@@ -298,7 +298,7 @@ impl Space {
     }
 
     /// Calls `act` with the account that is billed for pages of this object number.
-    pub(crate) fn with_owner(&self, core: &Core, number: u32, act: impl FnOnce(&Account)) {
+    pub(crate) fn with_owner(&self, core: &Ledger, number: u32, act: impl FnOnce(&Account)) {
         if !self.is_shared() {
             return act(&self.payer);
         }
@@ -308,7 +308,7 @@ impl Space {
     }
 
     /// Where a page that comes in goes.
-    fn target<'a>(&'a self, core: &'a Core, key: &Key, worker: usize) -> Target<'a> {
+    fn target<'a>(&'a self, core: &'a Ledger, key: &Key, worker: usize) -> Target<'a> {
         if !self.is_evictable() {
             return Target::Log(core.put_head(worker));
         }
@@ -324,7 +324,7 @@ impl Space {
     }
 
     /// Fetches the memory that [`Self::enter`] will touch.
-    pub(crate) fn prefetch(&self, core: &Core, key: &Key, worker: usize) {
+    pub(crate) fn prefetch(&self, core: &Ledger, key: &Key, worker: usize) {
         /// More than half of all images are not longer.
         const IMAGE_BYTES: usize = 2048;
         if !self.is_evictable() {
@@ -340,7 +340,7 @@ impl Space {
     /// is on the owner's bill already.
     pub(crate) fn enter(
         &self,
-        core: &Core,
+        core: &Ledger,
         key: &Key,
         incoming: &Incoming<'_>,
     ) -> Result<(), Obstacle> {
@@ -366,7 +366,7 @@ impl Space {
     /// Puts the record of a page, for which room was made in the index, in the place of the older one.
     fn replace(
         &self,
-        core: &Core,
+        core: &Ledger,
         target: Target<'_>,
         key: &Key,
         incoming: &Incoming<'_>,
@@ -424,7 +424,7 @@ impl Space {
     }
 
     /// Counts a page that has come. With the shard's lock held.
-    pub(crate) fn page_in(&self, core: &Core, header: &Header) {
+    pub(crate) fn page_in(&self, core: &Ledger, header: &Header) {
         let amounts = self.amounts(core, header);
         self.tally.add(&amounts);
         core.sizes.add(header.len);
@@ -433,12 +433,12 @@ impl Space {
         }
     }
 
-    fn amounts(&self, core: &Core, header: &Header) -> Amounts<u64> {
+    fn amounts(&self, core: &Ledger, header: &Header) -> Amounts<u64> {
         Amounts::of(header, self.bill_bytes(core, header.len))
     }
 
     /// Counts an ephemeral page where persistent ones are not.
-    fn note_evictable(&self, core: &Core, header: &Header, amounts: &Amounts<u64>, is_in: bool) {
+    fn note_evictable(&self, core: &Ledger, header: &Header, amounts: &Amounts<u64>, is_in: bool) {
         let change = |counter: &AtomicU64| {
             if is_in {
                 counter.fetch_add(amounts.billed_bytes, Relaxed);
@@ -458,7 +458,7 @@ impl Space {
     }
 
     /// The image that a page's record needs, if it is an alias.
-    fn image_needed(&self, core: &Core, place: Place, header: &Header) -> Option<u32> {
+    fn image_needed(&self, core: &Ledger, place: Place, header: &Header) -> Option<u32> {
         match header.kind {
             Kind::Alias => core.image_number(place, header),
             _ => None,
@@ -466,14 +466,14 @@ impl Space {
     }
 
     /// Counts a page that took another's place. Both are on the bill.
-    fn page_exchanged(&self, core: &Core, old: &Header, new: &Header) {
+    fn page_exchanged(&self, core: &Ledger, old: &Header, new: &Header) {
         let (gone, come) = (self.amounts(core, old), self.amounts(core, new));
         self.tally.exchange(&gone, &come);
         core.sizes.exchange(old.len, new.len);
         self.payer.release(gone.billed_bytes);
     }
 
-    fn drop_image(&self, core: &Core, image: Option<u32>) {
+    fn drop_image(&self, core: &Ledger, image: Option<u32>) {
         if let (Some(domain), Some(image)) = (&self.domain, image) {
             core.drop_image_ref(domain, image);
         }
@@ -481,7 +481,7 @@ impl Space {
 
     /// Kills the record of a page that has left the index, and counts it out. With the shard's lock
     /// held.
-    pub(crate) fn page_out(&self, core: &Core, place: Place) {
+    pub(crate) fn page_out(&self, core: &Ledger, place: Place) {
         let Ok(header) = core.arena.header(place) else {
             let _ = core.arena.kill(place);
             self.lost();
@@ -495,7 +495,7 @@ impl Space {
     }
 
     /// Counts out a page whose record is dead.
-    pub(crate) fn count_out(&self, core: &Core, header: &Header) {
+    pub(crate) fn count_out(&self, core: &Ledger, header: &Header) {
         let amounts = self.amounts(core, header);
         self.tally.sub(&amounts);
         core.sizes.sub(header.len);
@@ -517,7 +517,12 @@ impl Space {
     }
 
     /// Takes one page out, if `is_it` is true of where it is. Whether it was there.
-    pub(crate) fn remove(&self, core: &Core, key: &Key, is_it: impl FnOnce(Place) -> bool) -> bool {
+    pub(crate) fn remove(
+        &self,
+        core: &Ledger,
+        key: &Key,
+        is_it: impl FnOnce(Place) -> bool,
+    ) -> bool {
         let (shard, hash) = self.find(key.object, key.region());
         let mut index = shard.lock();
         let was_there = self.taking_out(core, shard, &mut index, |index, numbering| {
@@ -532,7 +537,7 @@ impl Space {
     /// Does what takes pages out of a shard, and tells those in a hurry.
     fn taking_out<T>(
         &self,
-        core: &Core,
+        core: &Ledger,
         shard: &Shard,
         index: &mut Index,
         act: impl FnOnce(&mut Index, &Numbering<'_>) -> T,
@@ -544,7 +549,13 @@ impl Space {
 
     /// Takes out all pages of an object whose numbers are in `first..=last`; how many there were.
     /// Costs the lesser of the range's width and what the object stores.
-    pub(crate) fn remove_range(&self, core: &Core, object: ObjectId, first: u32, last: u32) -> u64 {
+    pub(crate) fn remove_range(
+        &self,
+        core: &Ledger,
+        object: ObjectId,
+        first: u32,
+        last: u32,
+    ) -> u64 {
         let (low, high) = (first / PAGES_PER_LEAF, last / PAGES_PER_LEAF);
         let width = high - low + 1;
         // A narrow range is tried number by number; else the object's own lists tell what is there.
@@ -580,7 +591,7 @@ impl Space {
         removed
     }
 
-    fn remove_masked(&self, core: &Core, object: ObjectId, region: u32, mask: u64) -> u64 {
+    fn remove_masked(&self, core: &Ledger, object: ObjectId, region: u32, mask: u64) -> u64 {
         let (shard, hash) = self.find(object, region);
         let mut removed = 0;
         let mut index = shard.lock();
@@ -611,7 +622,7 @@ impl Space {
     }
 
     /// Takes everything out, for good: nothing comes in any more. How many pages there were.
-    pub(crate) fn destroy(&self, core: &Core) -> u64 {
+    pub(crate) fn destroy(&self, core: &Ledger) -> u64 {
         let mut removed = 0;
         for shard in &self.shards {
             shard.lock().is_dead = true;
@@ -634,7 +645,6 @@ impl Space {
         if !self.is_shared() {
             self.payer.tally.absorb(&self.tally.sum());
         }
-        core.remove_space(self.number);
         let bytes = Self::fixed_bytes(core);
         self.payer.release(bytes);
         core.budget.release(bytes);
@@ -649,7 +659,7 @@ impl Space {
             .sum()
     }
 
-    pub(crate) fn stats(&self, core: &Core) -> PoolStats {
+    pub(crate) fn stats(&self, core: &Ledger) -> PoolStats {
         let sum = self.tally.sum();
         let held = sum.stored.billed_bytes + self.index_bytes() + Self::fixed_bytes(core);
         sum.read(held, 0, 0)
