@@ -622,3 +622,57 @@ pub(crate) fn processors() -> usize {
     static FOUND: OnceLock<usize> = OnceLock::new();
     *FOUND.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
+
+#[cfg(test)]
+mod tests {
+    use cram_store::{Store, StoreConfig};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::announce::Announcer;
+    use crate::client::Offer;
+
+    /// Whoever wants to stop the event queue gets it after so many buffers, though the driver go on
+    /// giving buffers that can take no event.
+    #[test]
+    fn events_are_delivered_a_bounded_batch_at_a_time() {
+        const TABLE: u64 = 0;
+        const AVAILABLE: u64 = 0x2000;
+        const USED: u64 = 0x3000;
+        let store = Store::new(StoreConfig::default()).unwrap();
+        let account = store.add_client("guest", None).unwrap();
+        let offer = Offer {
+            request_queues: 1,
+            queue_size: 256,
+            max_pools: 1,
+            poll: Duration::ZERO,
+            workers: Some(1),
+            pin: Vec::new(),
+        };
+        let announcer = Arc::new(Announcer::default());
+        let (name, socket) = ("guest".into(), "/".into());
+        let guest = Guest::new(name, socket, false, store, account, offer, announcer);
+        let device = Device::new(Arc::new(guest)).unwrap();
+        let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        // One descriptor of eight bytes, made available two hundred times.
+        let descriptor = [0x3800, 2 << 32 | 8].map(u64::to_le_bytes).concat();
+        map.write_slice(&descriptor, GuestAddress(TABLE)).unwrap();
+        map.write_obj(200u16.to_le(), GuestAddress(AVAILABLE + 2))
+            .unwrap();
+        device.use_memory(&Arc::new(Memory::from(map)));
+        device.guest.ask_to_give_back(1);
+
+        let mut ring = device.rings[0].lock();
+        ring.set_addresses(TABLE, AVAILABLE, USED).unwrap();
+        let mut workspace = Workspace::new();
+        let mut completed = 0;
+        for wanted in [64, 64, 64, 8] {
+            let mut batch = Batch::default();
+            let more = device.deliver_batch(&mut ring, &mut workspace, &mut batch);
+            assert_eq!((more, batch.chains), (Ok(wanted == 64), wanted));
+            completed += batch.chains;
+        }
+        assert_eq!(completed, 200);
+        assert!(!device.guest.mailbox.is_empty());
+    }
+}

@@ -160,7 +160,7 @@ fn a_wrong_command_line_gets_one_line_that_says_what_to_do() {
     for (words, message) in [
         (
             &[][..],
-            "--socket-path <SOCKET>, --capacity <SIZE> is missing; see --help",
+            "--capacity <SIZE>, --socket-path <SOCKET> is missing; see --help",
         ),
         (&["-s", "x"], "--capacity <SIZE> is missing; see --help"),
         (
@@ -518,6 +518,32 @@ fn cramctl_complains_in_one_line() {
     assert_eq!(said, "there is no command nope; see --help");
     let said = complaint(CRAMCTL, at, &["-C", "control.sock"], 2);
     assert_eq!(said, "say what to do; see --help");
+}
+
+#[test]
+fn names_depend_on_nobody_else() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        std::fs::create_dir(folder.path().join(name)).unwrap();
+    }
+    let twice = ["-c", "64M", "-s", "a/vm0.sock", "-s", "b/vm0.sock"];
+    let said = complaint(DAEMON, folder.path(), &twice, 2);
+    assert!(said.contains("two guests would be called vm0"), "{said}");
+    let named = "name=other,socket=b/vm0.sock";
+    let daemon = Daemon::start_in(folder, &["-s", "a/vm0.sock", "--guest", named]);
+    let clients = daemon.cramctl(&["clients"]);
+    for name in ["vm0", "vm1", "vm2", "other"] {
+        assert!(clients.contains(name), "{clients}");
+    }
+    assert_eq!(
+        daemon.cramctl(&["quota", "other", "12M"]),
+        "other: quota 12 MiB\n"
+    );
+    assert_eq!(daemon.cramctl(&["quota", "vm0"]), "vm0: quota 64 MiB\n");
+    assert_eq!(
+        daemon.cramctl(&["reset", "other"]),
+        "other: 0 pages dropped\n"
+    );
 }
 
 #[test]
