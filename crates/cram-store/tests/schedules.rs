@@ -300,7 +300,7 @@ fn put_first(pool: &Pool, id: u64) {
 /// process leaves when it is killed, each client finds its own pages, and nobody else's.
 #[test]
 fn a_number_that_changes_hands_leads_to_nobody_elses_page() {
-    with_crashes(8000, |crashing| {
+    with_crashes(4000, |crashing| {
         let store = &crashing.store;
         let clients = ["a", "b"].map(|name| store.add_client(name, None).unwrap());
         let pools = clients.map(|client| pool(&client, 0, PoolKind::Persistent));
@@ -349,7 +349,7 @@ fn a_number_that_changes_hands_leads_to_nobody_elses_page() {
 /// whenever the process is killed.
 #[test]
 fn what_was_acknowledged_is_there_whatever_moves_it() {
-    with_crashes(4000, |crashing| {
+    with_crashes(1000, |crashing| {
         let store = &crashing.store;
         let client = store.add_client("a", None).unwrap();
         let pages = pool(&client, 0, PoolKind::Persistent);
