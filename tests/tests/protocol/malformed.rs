@@ -349,7 +349,7 @@ fn malformed_requests_are_counted() -> Result<()> {
         guest.call(2, &Request::put(0, 0, &[]))?;
     }
     // What the device does not know is not malformed.
-    guest.call(2, &Request::new(Request::header(7, 0, 0, 0), &[]))?;
+    guest.call(2, &Request::new(Request::header(8, 0, 0, 0), &[]))?;
     assert_eq!(daemon.client_stats(0)?["device"]["malformed"], json!(3));
     Ok(())
 }

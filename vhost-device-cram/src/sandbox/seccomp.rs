@@ -35,6 +35,8 @@ const PLAIN: &[c_long] = &[
     libc::SYS_statx, libc::SYS_newfstatat, libc::SYS_unlinkat,
     // Memory. How it comes is restricted below.
     libc::SYS_munmap, libc::SYS_mremap, libc::SYS_brk,
+    // An arena that is closed is on its disk first.
+    libc::SYS_msync,
     // Time.
     libc::SYS_clock_gettime, libc::SYS_clock_nanosleep, libc::SYS_nanosleep,
     // A call that a stop signal (or a debugger) interrupted goes on with this one.
