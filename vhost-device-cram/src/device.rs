@@ -21,6 +21,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendFlags, send};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use vhost::vhost_user::VhostUserVirtioFeatures;
+use vhost::vhost_user::message::BackendReq;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -207,10 +208,10 @@ impl Device {
     /// body, and without the flag that asks for a reply. A front-end that does not read its channel
     /// misses the message, and never makes us wait.
     pub fn announce_config_change(&self) {
-        const CONFIG_CHANGE_MSG: u32 = 2;
         const VERSION_FLAG: u32 = 1;
         const BODY_SIZE: u32 = 0;
-        let message = [CONFIG_CHANGE_MSG, VERSION_FLAG, BODY_SIZE];
+        let code = BackendReq::CONFIG_CHANGE_MSG.into();
+        let message = [code, VERSION_FLAG, BODY_SIZE];
         let channel = self.backend_channel.lock();
         if let Some(channel) = channel.as_ref()
             && let Err(error) = send(
