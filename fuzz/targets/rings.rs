@@ -23,6 +23,7 @@ use vhost_device_cram::announce::Announcer;
 use vhost_device_cram::client::{Guest, Offer};
 use vhost_device_cram::device::{Device, FEATURES};
 use vhost_device_cram::vhost::memory::Memory;
+use vhost_user_backend::VhostUserBackend;
 use vm_memory::{Bytes, GuestAddress};
 
 const STEPS_MAX: usize = 48;
@@ -145,9 +146,10 @@ impl Run {
         let (memory, file) = memory();
         let memory = Arc::new(memory);
         let device = Device::new(Arc::clone(&host.guest)).unwrap();
-        device.use_memory(&memory);
+        device.describe_memory(&memory);
+        device.update_memory(memory.address_space()).unwrap();
         let event_idx = u64::from(input.event_idx) << 29;
-        device.set_features(FEATURES & (input.features & !(1 << 29) | event_idx | 1 << 32));
+        device.acked_features(FEATURES & (input.features & !(1 << 29) | event_idx | 1 << 32));
         let mut run = Self {
             memory,
             file,
@@ -266,7 +268,9 @@ impl Run {
                 let [_, high] = regions();
                 if let Ok(memory) = self.memory.without(high) {
                     self.memory = Arc::new(memory);
-                    self.device.use_memory(&self.memory);
+                    self.device.describe_memory(&self.memory);
+                    let space = self.memory.address_space();
+                    self.device.update_memory(space).unwrap();
                 }
             }
             Step::Shrink(all) => {

@@ -7,7 +7,7 @@
 //! rings in turn, a bounded batch at a time, with notifications off, until all are empty.
 //!
 //! A front-end sets the rings up ([`session`](crate::vhost::session)), threads run them
-//! ([`worker`](crate::worker)).
+//! ([`worker`](crate::worker)), both by way of [`backend`](crate::backend).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,22 +16,24 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use cram_abi::wire::{EVENT_QUEUE, EVENT_SIZE, feature};
-use cram_store::StoreError;
 use parking_lot::{Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendFlags, send};
 use rustix::thread::{CpuSet, sched_setaffinity};
+use vhost::vhost_user::VhostUserVirtioFeatures;
+use vhost::vhost_user::message::BackendReq;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use zerocopy::IntoBytes;
 
+use crate::backend::Unsettled;
 use crate::client::{Counters, Guest, Instance};
 use crate::execute::{Target, Workspace, execute};
 use crate::patience::Patience;
 use crate::request::Terms;
-use crate::ring::{Fault, Ring};
+use crate::ring::{Fault, Ring, Serving};
 use crate::vhost::memory::Memory;
 use crate::vhost::notifier::{Notifier, NotifierError};
 use crate::worker::Wakers;
@@ -43,14 +45,12 @@ const BATCH_PAGES: u32 = 64;
 const BATCH_CHAINS: u32 = 64;
 /// The worker that has the event queue.
 const EVENT_WORKER: usize = 0;
-/// The bit among the virtio features by which a front-end says that it knows protocol features.
-pub const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
 
 /// Virtio features that the device offers.
 pub const FEATURES: u64 = (1 << VIRTIO_F_VERSION_1)
     | (1 << VIRTIO_RING_F_EVENT_IDX)
     | (1 << VIRTIO_RING_F_INDIRECT_DESC)
-    | PROTOCOL_FEATURES_BIT
+    | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     | feature::ALL;
 
 struct Worker {
@@ -75,6 +75,10 @@ pub struct Device {
     features: AtomicU64,
     /// All queues, by number.
     rings: Vec<Mutex<Ring>>,
+    /// The memory that the front-end described last, and the watch over it.
+    memory: Mutex<Arc<Memory>>,
+    /// Which virtual machine this is, once that is settled.
+    instance: Mutex<Option<Option<Instance>>>,
     workers: Vec<Worker>,
     closing: AtomicBool,
     /// Becomes readable when the connection is to end, and stays so.
@@ -107,6 +111,8 @@ impl Device {
             guest,
             features: AtomicU64::new(0),
             rings,
+            memory: Mutex::default(),
+            instance: Mutex::new(None),
             workers,
             closing: AtomicBool::new(false),
             over: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -141,6 +147,17 @@ impl Device {
     /// The queues, by number; 0 is the event queue.
     pub fn rings(&self) -> &[Mutex<Ring>] {
         &self.rings
+    }
+
+    /// Whose connection it is.
+    pub(crate) fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
+    /// The queues of worker `number`.
+    pub(crate) fn queues_of(&self, number: usize) -> &[usize] {
+        let worker = self.workers.get(number);
+        worker.map_or(&[], |worker| &worker.queues)
     }
 
     /// Keeps the front-end's channel for our requests.
@@ -191,10 +208,10 @@ impl Device {
     /// body, and without the flag that asks for a reply. A front-end that does not read its channel
     /// misses the message, and never makes us wait.
     pub fn announce_config_change(&self) {
-        const CONFIG_CHANGE_MSG: u32 = 2;
         const VERSION_FLAG: u32 = 1;
         const BODY_SIZE: u32 = 0;
-        let message = [CONFIG_CHANGE_MSG, VERSION_FLAG, BODY_SIZE];
+        let code = BackendReq::CONFIG_CHANGE_MSG.into();
+        let message = [code, VERSION_FLAG, BODY_SIZE];
         let channel = self.backend_channel.lock();
         if let Some(channel) = channel.as_ref()
             && let Err(error) = send(
@@ -212,59 +229,37 @@ impl Device {
         self.features.load(Ordering::Acquire) & bit != 0
     }
 
-    /// Takes over what the driver accepted.
-    pub fn set_features(&self, features: u64) {
+    /// Keeps what the driver accepted.
+    pub(crate) fn keep_features(&self, features: u64) {
         self.features.store(features, Ordering::Release);
-        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        for ring in &self.rings {
-            let mut ring = ring.lock();
-            ring.set_event_idx(event_idx);
-            // A front-end that knows no protocol features has no message for this.
-            if features & PROTOCOL_FEATURES_BIT == 0 {
-                ring.set_enabled(true);
-            }
-        }
-        self.look();
     }
 
-    /// Uses other memory from now on: when this returns, nobody uses what was there before.
-    pub fn use_memory(&self, memory: &Arc<Memory>) {
-        for ring in &self.rings {
-            ring.lock().use_memory(Arc::clone(memory));
-        }
-        self.look();
+    /// Keeps the memory that a front-end describes, and the watch over it. Rings use it once
+    /// `update_memory` says so.
+    pub fn describe_memory(&self, memory: &Arc<Memory>) {
+        *self.memory.lock() = Arc::clone(memory);
     }
 
-    /// Stops all rings, and forgets what was negotiated. The memory stays.
-    pub fn reset(&self) {
-        self.features.store(0, Ordering::Release);
-        for (index, ring) in self.rings.iter().enumerate() {
-            self.stop_ring(index);
-            let mut ring = ring.lock();
-            ring.set_enabled(false);
-            ring.set_error(None);
-        }
+    pub(crate) fn described_memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.memory.lock())
     }
 
-    /// Part of the configuration space; nothing where it has none.
-    pub fn read_config(&self, offset: u32, length: u32) -> Vec<u8> {
-        let config = self.guest.config();
-        let range = usize::try_from(offset)
-            .ok()
-            .zip(usize::try_from(length).ok())
-            .and_then(|(offset, length)| Some(offset..offset.checked_add(length)?));
-        range
-            .and_then(|range| config.as_bytes().get(range))
-            .unwrap_or_default()
-            .to_vec()
-    }
-
-    /// Settles whose pages are served.
+    /// Settles which virtual machine this is, and so whose pages are served: what the front-end says
+    /// first counts, and that it says nothing before it reads the configuration or starts a ring.
     ///
     /// # Errors
-    /// When they cannot be.
-    pub fn claim(&self, instance: Option<Instance>) -> Result<(), StoreError> {
-        self.guest.claim(instance)
+    /// When it says otherwise afterwards, or the pages of the one before cannot be dropped.
+    pub fn settle(&self, instance: Option<Instance>) -> Result<(), Unsettled> {
+        let mut settled = self.instance.lock();
+        match *settled {
+            None => {
+                self.guest.claim(instance)?;
+                *settled = Some(instance);
+                Ok(())
+            }
+            Some(known) if instance.is_none() || known == instance => Ok(()),
+            Some(_) => Err(Unsettled::Instance),
+        }
     }
 
     /// Changes a ring while no worker is at it, and has its worker look at it.
@@ -301,29 +296,27 @@ impl Device {
         if let (Some(worker), Some(ring)) = (self.worker_of(index), self.rings.get(index)) {
             let wakers = &worker.wakers;
             wakers.add(&kick)?;
-            if let Some(before) = ring.lock().start(kick) {
-                wakers.remove(&before);
-            }
+            let mut ring = ring.lock();
+            ring.with_kick(|before| wakers.remove(before));
+            ring.start(kick);
+            drop(ring);
             // Kicks from before.
             wakers.ring();
         }
         Ok(())
     }
 
-    /// Stops a ring: when this returns, nobody serves it. The chain that would be the next.
-    pub fn stop_ring(&self, index: usize) -> u16 {
-        let Some(ring) = self.rings.get(index) else {
-            return 0;
-        };
-        let (next, kick) = ring.lock().stop();
-        if let (Some(worker), Some(kick)) = (self.worker_of(index), kick) {
-            worker.wakers.remove(&kick);
+    /// Stops a ring: when this returns, nobody serves it.
+    pub fn stop_ring(&self, index: usize) {
+        if let (Some(worker), Some(ring)) = (self.worker_of(index), self.rings.get(index)) {
+            let mut ring = ring.lock();
+            ring.with_kick(|kick| worker.wakers.remove(kick));
+            ring.stop();
         }
-        next
     }
 
     /// Has all workers look at their rings.
-    fn look(&self) {
+    pub(crate) fn look(&self) {
         for worker in &self.workers {
             worker.wakers.ring();
         }
@@ -428,11 +421,14 @@ impl Device {
 
     /// Has the driver notify. Whether something has arrived meanwhile.
     fn listen(&self, queue: usize, ring: &Mutex<Ring>) -> bool {
-        let mut ring = ring.lock();
-        if !ring.is_running() {
+        let ring = ring.lock();
+        let mut serving = ring.serve();
+        if !serving.is_running() {
             return false;
         }
-        ring.listen().unwrap_or_else(|fault| {
+        let arrived = serving.listen();
+        drop(serving);
+        arrived.unwrap_or_else(|fault| {
             self.stop_queue(queue, ring, fault);
             false
         })
@@ -442,19 +438,21 @@ impl Device {
     fn serve_batch(&self, queue: usize, ring: &Mutex<Ring>, workspace: &mut Workspace) -> u32 {
         // Locked for the batch: GET_VRING_BASE waits for it, and so never reports an index
         // that is behind what we execute.
-        let mut ring = ring.lock();
-        if !ring.is_running() {
+        let ring = ring.lock();
+        let mut serving = ring.serve();
+        if !serving.is_running() {
             return 0;
         }
         let mut batch = Batch::default();
         let outcome = self
-            .execute_batch(&mut ring, workspace, &mut batch)
+            .execute_batch(&mut serving, workspace, &mut batch)
             // What was completed before a fault is completed.
             .and(if batch.chains > 0 {
-                ring.wants_interrupt()
+                serving.wants_interrupt()
             } else {
                 Ok(false)
             });
+        drop(serving);
         if batch.changed {
             self.guest.announcer.poke();
         }
@@ -479,7 +477,7 @@ impl Device {
 
     fn execute_batch(
         &self,
-        ring: &mut Ring,
+        ring: &mut Serving<'_>,
         workspace: &mut Workspace,
         batch: &mut Batch,
     ) -> Result<(), Fault> {
@@ -531,17 +529,19 @@ impl Device {
         let mut tools = worker.tools.lock();
         // A bounded number of buffers at a time, so that whoever wants the ring gets it in between.
         while !self.is_closing() {
-            let mut ring = ring.lock();
-            if !ring.is_running() {
+            let ring = ring.lock();
+            let mut serving = ring.serve();
+            if !serving.is_running() {
                 break;
             }
             let mut batch = Batch::default();
-            let outcome = self.deliver_batch(&mut ring, &mut tools.workspace, &mut batch);
+            let outcome = self.deliver_batch(&mut serving, &mut tools.workspace, &mut batch);
             let wants_interrupt = if batch.chains > 0 {
-                ring.wants_interrupt()
+                serving.wants_interrupt()
             } else {
                 Ok(false)
             };
+            drop(serving);
             let call = ring.call();
             match outcome.and_then(|more| wants_interrupt.map(|wants| (more, wants))) {
                 Ok((more, wants)) => {
@@ -565,7 +565,7 @@ impl Device {
     /// Delivers events into some buffers. Whether there may be more to do.
     fn deliver_batch(
         &self,
-        ring: &mut Ring,
+        ring: &mut Serving<'_>,
         workspace: &mut Workspace,
         batch: &mut Batch,
     ) -> Result<bool, Fault> {

@@ -3,7 +3,7 @@
 //! The cram device's back-end: many guests, one compressed store.
 //!
 //! ```text
-//! QEMU ── vhost-user socket ──► server ─► vhost (messages, memory, the rings' set-up)
+//! QEMU ── vhost-user socket ──► server ─► vhost (messages, memory) ─► backend (the rings' set-up)
 //!   guest ── virtqueues ──────► worker ─► device ─► ring ─► request ─► execute ─► cram-store
 //!                                          events ◄── announce (pressure, quota)
 //! cramctl ── control socket ──► control ─► methods
@@ -11,11 +11,12 @@
 //!
 //! What each room may know:
 //! - [`vhost`] is the only place that looks at what a front-end says.
+//! - [`backend`] is the device as `vhost-user-backend` has it: its trait, by which all of this is driven.
 //! - [`request`] is the only place that looks at bytes of a guest. What leaves it has been
 //!   copied and checked; nothing in it may panic, whatever the bytes are.
 //! - [`execute`] turns a checked request into calls of the store, and the store's answers into
 //!   a response. It knows no descriptor.
-//! - [`ring`] takes chains from a ring and completes them; a ring that cannot be trusted any
+//! - [`ring`] takes chains from a ring (a vring of `vhost-user-backend`) and completes them; a ring that cannot be trusted any
 //!   more is stopped alone.
 //! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it: whoever touched it
 //!   finds it lost, completes nothing, and the connection ends.
@@ -29,6 +30,7 @@
 //! trusted with what.
 
 pub mod announce;
+pub mod backend;
 pub mod balance;
 pub mod cli;
 pub mod client;

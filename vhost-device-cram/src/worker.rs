@@ -3,22 +3,24 @@
 //! The threads of a connection: they wait to be woken, have the device serve its rings, and end when
 //! the connection does.
 //!
+//! Not `vhost_user_backend`'s own workers, since those end, and say nothing, when a read of a kick
+//! fails; a front-end can bring that about.
+//!
 //! What wakes them, the driver's kicks and a bell of ours, is waited for by edges and never read: each
 //! write to an eventfd is one, whoever else reads it. A front-end can neither make a worker wait for
 //! a descriptor, nor take a kick from it.
 
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
+use vhost_user_backend::VhostUserBackend;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::device::Device;
@@ -31,7 +33,7 @@ const INTERRUPT: i32 = libc::SIGUSR2;
 /// What wakes a worker.
 #[derive(Debug)]
 pub struct Wakers {
-    epoll: OwnedFd,
+    epoll: Epoll,
     /// Rung to end the worker, or to have it look at its rings.
     bell: OwnedFd,
 }
@@ -42,7 +44,7 @@ impl Wakers {
     /// # Errors
     /// When there are no descriptors left.
     pub fn new() -> io::Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let epoll = Epoll::new()?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let wakers = Wakers { epoll, bell };
         wakers.add(&wakers.bell)?;
@@ -59,21 +61,31 @@ impl Wakers {
     ///
     /// # Errors
     /// When nobody can be woken by it.
-    pub fn add(&self, fd: impl AsFd) -> Result<(), Errno> {
-        let flags = EventFlags::IN | EventFlags::ET;
-        epoll::add(&self.epoll, fd, EventData::new_u64(0), flags)
+    pub fn add(&self, fd: &(impl AsRawFd + ?Sized)) -> io::Result<()> {
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
     }
 
     /// Is no longer woken by it.
-    pub fn remove(&self, fd: impl AsFd) {
+    pub fn remove(&self, fd: &(impl AsRawFd + ?Sized)) {
+        let event = EpollEvent::default();
         // It fails only when it was not there.
-        let _ = epoll::delete(&self.epoll, fd);
+        let _ = self
+            .epoll
+            .ctl(ControlOperation::Delete, fd.as_raw_fd(), event);
     }
 
-    fn wait(&self) {
-        let mut events = [MaybeUninit::uninit()];
+    /// Waits to be woken, and says what there was of.
+    fn wait(&self) -> EventSet {
+        let mut events = [EpollEvent::default()];
         // Whatever woke it: all rings are looked at.
-        while let Err(Errno::INTR) = epoll::wait(&self.epoll, &mut events, None) {}
+        let interrupted = |found: &io::Result<usize>| {
+            let error = found.as_ref().err();
+            error.is_some_and(|error| error.kind() == io::ErrorKind::Interrupted)
+        };
+        while interrupted(&self.epoll.wait(-1, &mut events)) {}
+        let [event] = events;
+        event.event_set()
     }
 }
 
@@ -145,7 +157,7 @@ impl Workers {
             running: Arc::default(),
             threads: Vec::new(),
         };
-        for number in 0..device.workers() {
+        for number in 0..device.queues_per_thread().len() {
             let (device, running) = (Arc::clone(device), Arc::clone(&workers.running));
             let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
             let work = move || {
@@ -177,11 +189,14 @@ impl Drop for Workers {
 fn run(device: &Device, number: usize) {
     guard(device, || {
         while let Some(wakers) = device.wakers(number) {
-            wakers.wait();
+            let woken_by = wakers.wait();
             if device.is_closing() {
                 break;
             }
-            device.serve(number);
+            if let Err(error) = device.handle_event(0, woken_by, &[], number) {
+                log::error!("a worker cannot serve: {error}");
+                device.fail("a worker cannot serve");
+            }
         }
     });
 }
@@ -278,7 +293,7 @@ mod tests {
         });
         is_ready.recv().unwrap();
         running.wait_ended();
-        assert_eq!(thread.join().unwrap(), Err(Errno::INTR));
+        assert_eq!(thread.join().unwrap(), Err(rustix::io::Errno::INTR));
         drop(device);
     }
 }

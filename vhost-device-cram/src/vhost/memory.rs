@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap,
 };
 
+use crate::backend::AddressSpace;
 use crate::sigbus::{self, Watch};
 use crate::vhost::message::Region as Described;
 
@@ -56,7 +57,7 @@ struct Region {
 #[derive(Debug, Default)]
 pub struct Memory {
     /// Before the regions, whose mappings it has, too.
-    map: GuestMemoryMmap<()>,
+    map: Arc<GuestMemoryMmap<()>>,
     regions: Vec<Arc<Region>>,
     lost: Arc<AtomicBool>,
 }
@@ -73,7 +74,7 @@ impl Deref for Memory {
 impl From<GuestMemoryMmap<()>> for Memory {
     fn from(map: GuestMemoryMmap<()>) -> Self {
         Self {
-            map,
+            map: Arc::new(map),
             ..Self::default()
         }
     }
@@ -158,7 +159,7 @@ impl Memory {
             GuestMemoryMmap::from_arc_regions(mappings).map_err(|_| MemoryError::Overlap)?
         };
         Ok(Self {
-            map,
+            map: Arc::new(map),
             regions,
             lost: Arc::clone(&self.lost),
         })
@@ -171,6 +172,16 @@ impl Memory {
             let offset = user.checked_sub(described.user)?;
             (offset < described.bytes).then_some(described.guest + offset)
         })
+    }
+
+    /// The same memory, as a back-end is told of it: without what keeps watch over it.
+    pub fn address_space(&self) -> AddressSpace {
+        Arc::clone(&self.map).into()
+    }
+
+    /// Whether `space` is this memory, with nothing added and nothing left out.
+    pub fn is_in(&self, space: &AddressSpace) -> bool {
+        std::ptr::eq(&raw const *space.memory(), Arc::as_ptr(&self.map))
     }
 
     /// How many regions there are.

@@ -4,52 +4,27 @@
 //!
 //! Everything about one message that can be said without knowing the ones before it is checked here;
 //! [`session`](super::session) has the rest. Nothing here panics, whatever the bytes are.
+//!
+//! Names and numbers are the `vhost` crate's.
+
+use vhost::vhost_user::message::{
+    FrontendReq as Code, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag as Flag,
+};
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 12;
 /// Longest body of any message that is understood.
-pub const BODY_MAX: usize = 4096;
+pub const BODY_MAX: usize = MAX_MSG_SIZE;
 /// Most descriptors that come with a message: one for each region of a table.
-pub const FDS_MAX: usize = 32;
+pub const FDS_MAX: usize = MAX_ATTACHED_FD_ENTRIES;
 /// What comes before the payload of GET_CONFIG and SET_CONFIG.
 const CONFIG_HEAD: usize = 12;
 /// Largest configuration space that vhost-user knows.
 const CONFIG_MAX: usize = 256;
 
 const VERSION: u32 = 1;
-const VERSION_MASK: u32 = 3;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
 /// In the number of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: there is no descriptor.
 const NO_FD: u64 = 1 << 8;
-
-/// Codes of the messages that are understood.
-pub mod code {
-    #![allow(missing_docs, reason = "they are vhost-user's names")]
-    pub const GET_FEATURES: u32 = 1;
-    pub const SET_FEATURES: u32 = 2;
-    pub const SET_OWNER: u32 = 3;
-    pub const RESET_OWNER: u32 = 4;
-    pub const SET_MEM_TABLE: u32 = 5;
-    pub const SET_VRING_NUM: u32 = 8;
-    pub const SET_VRING_ADDR: u32 = 9;
-    pub const SET_VRING_BASE: u32 = 10;
-    pub const GET_VRING_BASE: u32 = 11;
-    pub const SET_VRING_KICK: u32 = 12;
-    pub const SET_VRING_CALL: u32 = 13;
-    pub const SET_VRING_ERR: u32 = 14;
-    pub const GET_PROTOCOL_FEATURES: u32 = 15;
-    pub const SET_PROTOCOL_FEATURES: u32 = 16;
-    pub const GET_QUEUE_NUM: u32 = 17;
-    pub const SET_VRING_ENABLE: u32 = 18;
-    pub const SET_BACKEND_REQ_FD: u32 = 21;
-    pub const GET_CONFIG: u32 = 24;
-    pub const SET_CONFIG: u32 = 25;
-    pub const RESET_DEVICE: u32 = 34;
-    pub const GET_MAX_MEM_SLOTS: u32 = 36;
-    pub const ADD_MEM_REG: u32 = 37;
-    pub const REM_MEM_REG: u32 = 38;
-}
 
 /// Why a message is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -94,14 +69,14 @@ impl Header {
     /// When no front-end sends it.
     pub fn read(bytes: &[u8; HEADER_BYTES]) -> Result<Self, Malformed> {
         let [code, flags, length] = words(bytes);
-        if flags & !NEED_REPLY != VERSION {
+        if flags & !Flag::NEED_REPLY.bits() != VERSION {
             return Err(Malformed::Flags(code));
         }
         let body = usize::try_from(length).ok().filter(|n| *n <= BODY_MAX);
         let bytes = length;
         Ok(Header {
             code,
-            needs_reply: flags & NEED_REPLY != 0,
+            needs_reply: flags & Flag::NEED_REPLY.bits() != 0,
             body: body.ok_or(Malformed::TooLong { code, bytes })?,
         })
     }
@@ -170,42 +145,44 @@ impl Message {
     /// When it is none.
     pub fn read(code: u32, body: &[u8]) -> Result<Self, Malformed> {
         let read = Reader { code, body };
-        Ok(match code {
-            code::GET_FEATURES => read.nothing(Message::GetFeatures)?,
-            code::SET_FEATURES => Message::SetFeatures(read.number()?),
-            code::SET_OWNER => read.nothing(Message::SetOwner)?,
-            code::RESET_OWNER => read.nothing(Message::ResetOwner)?,
-            code::SET_MEM_TABLE => Message::SetMemTable(read.table()?),
-            code::SET_VRING_NUM => read.state(Message::SetVringNum)?,
-            code::SET_VRING_ADDR => read.addresses()?,
-            code::SET_VRING_BASE => read.state(Message::SetVringBase)?,
-            code::GET_VRING_BASE => read.state(|ring, _| Message::GetVringBase(ring))?,
-            code::SET_VRING_KICK => read.descriptor(Message::SetVringKick)?,
-            code::SET_VRING_CALL => read.descriptor(Message::SetVringCall)?,
-            code::SET_VRING_ERR => read.descriptor(Message::SetVringErr)?,
-            code::GET_PROTOCOL_FEATURES => read.nothing(Message::GetProtocolFeatures)?,
-            code::SET_PROTOCOL_FEATURES => Message::SetProtocolFeatures(read.number()?),
-            code::GET_QUEUE_NUM => read.nothing(Message::GetQueueNum)?,
-            code::SET_VRING_ENABLE => match read.state(|ring, on| (ring, on))? {
-                (ring, on @ 0..=1) => Message::SetVringEnable(ring, on == 1),
-                _ => return Err(Malformed::Value(code)),
+        Ok(
+            match Code::try_from(code).map_err(|()| Malformed::Unknown(code))? {
+                Code::GET_FEATURES => read.nothing(Message::GetFeatures)?,
+                Code::SET_FEATURES => Message::SetFeatures(read.number()?),
+                Code::SET_OWNER => read.nothing(Message::SetOwner)?,
+                Code::RESET_OWNER => read.nothing(Message::ResetOwner)?,
+                Code::SET_MEM_TABLE => Message::SetMemTable(read.table()?),
+                Code::SET_VRING_NUM => read.state(Message::SetVringNum)?,
+                Code::SET_VRING_ADDR => read.addresses()?,
+                Code::SET_VRING_BASE => read.state(Message::SetVringBase)?,
+                Code::GET_VRING_BASE => read.state(|ring, _| Message::GetVringBase(ring))?,
+                Code::SET_VRING_KICK => read.descriptor(Message::SetVringKick)?,
+                Code::SET_VRING_CALL => read.descriptor(Message::SetVringCall)?,
+                Code::SET_VRING_ERR => read.descriptor(Message::SetVringErr)?,
+                Code::GET_PROTOCOL_FEATURES => read.nothing(Message::GetProtocolFeatures)?,
+                Code::SET_PROTOCOL_FEATURES => Message::SetProtocolFeatures(read.number()?),
+                Code::GET_QUEUE_NUM => read.nothing(Message::GetQueueNum)?,
+                Code::SET_VRING_ENABLE => match read.state(|ring, on| (ring, on))? {
+                    (ring, on @ 0..=1) => Message::SetVringEnable(ring, on == 1),
+                    _ => return Err(Malformed::Value(code)),
+                },
+                Code::SET_BACKEND_REQ_FD => read.nothing(Message::SetBackendReqFd)?,
+                Code::GET_CONFIG => {
+                    let (offset, bytes) = read.config()?;
+                    let length = u32::try_from(bytes.len()).unwrap_or_default();
+                    Message::GetConfig(offset, length)
+                }
+                Code::SET_CONFIG => {
+                    let (offset, bytes) = read.config()?;
+                    Message::SetConfig(offset, bytes.to_vec())
+                }
+                Code::RESET_DEVICE => read.nothing(Message::ResetDevice)?,
+                Code::GET_MAX_MEM_SLOTS => read.nothing(Message::GetMaxMemSlots)?,
+                Code::ADD_MEM_REG => Message::AddMemReg(read.region()?),
+                Code::REM_MEM_REG => Message::RemMemReg(read.region()?),
+                _ => return Err(Malformed::Unknown(code)),
             },
-            code::SET_BACKEND_REQ_FD => read.nothing(Message::SetBackendReqFd)?,
-            code::GET_CONFIG => {
-                let (offset, bytes) = read.config()?;
-                let length = u32::try_from(bytes.len()).unwrap_or_default();
-                Message::GetConfig(offset, length)
-            }
-            code::SET_CONFIG => {
-                let (offset, bytes) = read.config()?;
-                Message::SetConfig(offset, bytes.to_vec())
-            }
-            code::RESET_DEVICE => read.nothing(Message::ResetDevice)?,
-            code::GET_MAX_MEM_SLOTS => read.nothing(Message::GetMaxMemSlots)?,
-            code::ADD_MEM_REG => Message::AddMemReg(read.region()?),
-            code::REM_MEM_REG => Message::RemMemReg(read.region()?),
-            _ => return Err(Malformed::Unknown(code)),
-        })
+        )
     }
 
     /// How many descriptors come with it, at the least and at the most.
@@ -361,7 +338,7 @@ impl Reply {
             }
         };
         let length = u32::try_from(body.len()).unwrap_or_default();
-        let header = [code, VERSION & VERSION_MASK | REPLY, length].map(u32::to_le_bytes);
+        let header = [code, VERSION | Flag::REPLY.bits(), length].map(u32::to_le_bytes);
         [header.concat(), body].concat()
     }
 }
@@ -385,19 +362,19 @@ mod tests {
     #[test]
     fn bodies_of_every_other_length_are_refused() {
         for (code, length) in [
-            (code::GET_FEATURES, 0),
-            (code::SET_FEATURES, 8),
-            (code::SET_VRING_NUM, 8),
-            (code::SET_VRING_ADDR, 40),
-            (code::SET_VRING_KICK, 8),
-            (code::ADD_MEM_REG, 40),
+            (Code::GET_FEATURES, 0),
+            (Code::SET_FEATURES, 8),
+            (Code::SET_VRING_NUM, 8),
+            (Code::SET_VRING_ADDR, 40),
+            (Code::SET_VRING_KICK, 8),
+            (Code::ADD_MEM_REG, 40),
         ] {
             for bytes in 0..64 {
-                let read = Message::read(code, &vec![0; bytes]);
+                let read = Message::read(code.into(), &vec![0; bytes]);
                 assert_eq!(
                     read.is_ok(),
                     bytes == length,
-                    "{code} with {bytes}: {read:?}"
+                    "{code:?} with {bytes}: {read:?}"
                 );
             }
         }

@@ -6,8 +6,10 @@
 //! file behind them are taken (no pipe, no socket, no file on a file system that somebody else
 //! serves), a kick is only waited for and never read, and a call is written without waiting. Should a
 //! write wait all the same, since the front-end made the descriptor a blocking one again, then the end
-//! of the connection interrupts it ([`worker`](crate::worker)).
+//! of the connection interrupts it ([`worker`](crate::worker)). That is why calls are not made through
+//! `vhost_user_backend`'s vring: its notifier begins a write that was interrupted anew.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -21,7 +23,7 @@ pub enum NotifierError {
     Kind,
     /// The system refused.
     #[error("a notifier cannot be used: {0}")]
-    System(#[from] rustix::io::Errno),
+    System(#[from] io::Error),
 }
 
 /// A descriptor to wake the front-end with.
@@ -35,9 +37,9 @@ impl Notifier {
     /// When it is no eventfd.
     pub fn new(fd: OwnedFd) -> Result<Self, NotifierError> {
         check(fd.as_fd())?;
-        let flags = fcntl_getfl(&fd)?;
+        let flags = fcntl_getfl(&fd).map_err(io::Error::from)?;
         if !flags.contains(OFlags::NONBLOCK) {
-            fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+            fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
         }
         Ok(Notifier(Arc::new(fd)))
     }
@@ -60,7 +62,7 @@ pub fn check(fd: BorrowedFd<'_>) -> Result<(), NotifierError> {
     const TYPE: u16 = 0o170_000;
     // What is known of it, without asking whoever serves the file.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let found = statx(fd, c"", flags, StatxFlags::TYPE)?;
+    let found = statx(fd, c"", flags, StatxFlags::TYPE).map_err(io::Error::from)?;
     if found.stx_mode & TYPE == 0 {
         Ok(())
     } else {

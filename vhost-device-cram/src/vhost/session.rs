@@ -6,34 +6,22 @@
 //! uses what it replaced.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use cram_abi::wire::{CONFIG_SIZE, feature};
-use cram_store::StoreError;
+use cram_abi::wire::feature;
+use vhost::vhost_user::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
+use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::channel::Received;
 use super::memory::{Memory, MemoryError, REGIONS_MAX};
 use super::message::{Addresses, Message, Region, Reply};
 use super::notifier::{self, Notifier, NotifierError};
-use crate::client::{Instance, NO_INSTANCE};
-use crate::device::{Device, FEATURES, PROTOCOL_FEATURES_BIT};
+use crate::backend::Unsettled;
+use crate::device::Device;
 use crate::ring::Ring;
-
-/// Protocol features, as bits.
-pub mod protocol {
-    #![allow(missing_docs, reason = "they are vhost-user's names")]
-    pub const MQ: u64 = 1 << 0;
-    pub const REPLY_ACK: u64 = 1 << 3;
-    pub const BACKEND_REQ: u64 = 1 << 5;
-    pub const CONFIG: u64 = 1 << 9;
-    pub const RESET_DEVICE: u64 = 1 << 13;
-    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-    /// All that are offered.
-    pub const OFFERED: u64 =
-        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
-}
 
 /// Why a message is refused. The text is for the log.
 #[derive(Debug, thiserror::Error)]
@@ -89,12 +77,12 @@ pub enum Refusal {
     /// What cannot wake anybody.
     #[error(transparent)]
     Notifier(#[from] NotifierError),
-    /// The cookie comes too late, is another one than before, or is none.
-    #[error("the front-end says too late, or twice, or wrongly, which virtual machine it has")]
-    Instance,
-    /// The pages of the virtual machine before cannot be dropped, and nobody else may have them.
-    #[error("whose pages these are cannot be settled: {0}")]
-    Store(#[from] StoreError),
+    /// It is not settled whose pages these are.
+    #[error(transparent)]
+    Unsettled(#[from] Unsettled),
+    /// The device does not do it.
+    #[error(transparent)]
+    Device(#[from] io::Error),
     /// The guest's memory is gone.
     #[error("part of the guest's memory is gone")]
     MemoryGone,
@@ -105,12 +93,10 @@ pub struct Session<'a> {
     device: &'a Device,
     owned: bool,
     /// Protocol features in force.
-    protocol: u64,
+    protocol: Protocol,
     /// Virtio features in force, if there are any.
     features: Option<u64>,
     memory: Arc<Memory>,
-    /// Which virtual machine this is, once that is settled.
-    instance: Option<Option<Instance>>,
 }
 
 impl<'a> Session<'a> {
@@ -119,10 +105,9 @@ impl<'a> Session<'a> {
         Session {
             device,
             owned: false,
-            protocol: 0,
+            protocol: Protocol::empty(),
             features: None,
             memory: Arc::new(Memory::default()),
-            instance: None,
         }
     }
 
@@ -143,7 +128,7 @@ impl<'a> Session<'a> {
             _ if !self.memory.is_intact() => Err(Refusal::MemoryGone),
             outcome => outcome,
         };
-        let wants_ack = header.needs_reply && self.protocol & protocol::REPLY_ACK != 0;
+        let wants_ack = header.needs_reply && self.protocol.contains(Protocol::REPLY_ACK);
         let (reply, verdict) = match outcome {
             Ok(None) => (wants_ack.then_some(Reply::Number(0)), Ok(())),
             Ok(reply) => (reply, Ok(())),
@@ -155,24 +140,26 @@ impl<'a> Session<'a> {
     fn act(&mut self, message: Message, fds: Vec<OwnedFd>) -> Result<Option<Reply>, Refusal> {
         let mut fds = fds.into_iter();
         let done = match message {
-            Message::GetFeatures => return number(FEATURES),
-            Message::GetProtocolFeatures => return number(protocol::OFFERED),
+            Message::GetFeatures => return number(self.device.features()),
+            Message::GetProtocolFeatures => return number(self.device.protocol_features().bits()),
             Message::GetQueueNum => {
-                self.needs(protocol::MQ, "GET_QUEUE_NUM")?;
-                return number(self.device.rings().len() as u64);
+                self.needs(Protocol::MQ, "GET_QUEUE_NUM")?;
+                return number(self.device.num_queues() as u64);
             }
             Message::GetMaxMemSlots => {
-                self.needs(protocol::CONFIGURE_MEM_SLOTS, "GET_MAX_MEM_SLOTS")?;
+                self.needs(Protocol::CONFIGURE_MEM_SLOTS, "GET_MAX_MEM_SLOTS")?;
                 return number(REGIONS_MAX as u64);
             }
             Message::GetConfig(offset, length) => {
-                self.needs(protocol::CONFIG, "GET_CONFIG")?;
-                self.settle(None)?;
-                let bytes = self.device.read_config(offset, length);
+                self.needs(Protocol::CONFIG, "GET_CONFIG")?;
+                self.device.settle(None)?;
+                let bytes = self.device.get_config(offset, length);
                 return Ok(Some(Reply::Config(offset, bytes)));
             }
             Message::GetVringBase(ring) => {
-                let base = self.device.stop_ring(self.index(ring)?);
+                self.index(ring)?;
+                self.device.stop_vring(ring)?;
+                let base = self.change(ring, |state| Ok(state.base()))?;
                 return Ok(Some(Reply::State(ring, base.into())));
             }
             Message::SetOwner if self.owned => Err(Refusal::Owned),
@@ -200,7 +187,7 @@ impl<'a> Session<'a> {
             Message::SetBackendReqFd => self.set_channel(fds.next()),
             Message::SetConfig(offset, bytes) => self.set_config(offset, &bytes),
             Message::ResetDevice => {
-                self.needs(protocol::RESET_DEVICE, "RESET_DEVICE")?;
+                self.needs(Protocol::RESET_DEVICE, "RESET_DEVICE")?;
                 self.reset();
                 Ok(())
             }
@@ -208,47 +195,22 @@ impl<'a> Session<'a> {
         done.map(|()| None)
     }
 
-    fn needs(&self, feature: u64, message: &'static str) -> Result<(), Refusal> {
-        if self.protocol & feature == 0 {
+    fn needs(&self, feature: Protocol, message: &'static str) -> Result<(), Refusal> {
+        if !self.protocol.contains(feature) {
             return Err(Refusal::NotNegotiated(message));
         }
         Ok(())
     }
 
-    /// All that the guest sees of the configuration space is read-only: writes are ignored, as the
-    /// protocol says. Behind that lies what it does not see.
-    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Refusal> {
-        self.needs(protocol::CONFIG, "SET_CONFIG")?;
-        let offset = usize::try_from(offset).map_err(|_| Refusal::Instance)?;
-        let end = offset.checked_add(bytes.len()).ok_or(Refusal::Instance)?;
-        if end <= CONFIG_SIZE {
-            return Ok(());
-        }
-        let instance = bytes.try_into().map_err(|_| Refusal::Instance)?;
-        if offset != CONFIG_SIZE || instance == NO_INSTANCE {
-            return Err(Refusal::Instance);
-        }
-        self.settle(Some(instance))
-    }
-
-    /// Settles which virtual machine this is: what it says first counts, and that it says nothing
-    /// before it reads the configuration or starts a ring.
-    fn settle(&mut self, instance: Option<Instance>) -> Result<(), Refusal> {
-        match self.instance {
-            None => {
-                self.device.claim(instance)?;
-                self.instance = Some(instance);
-                Ok(())
-            }
-            Some(known) if instance.is_none() || known == instance => Ok(()),
-            Some(_) => Err(Refusal::Instance),
-        }
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Refusal> {
+        self.needs(Protocol::CONFIG, "SET_CONFIG")?;
+        Ok(self.device.set_config(offset, bytes)?)
     }
 
     fn index(&self, ring: u32) -> Result<usize, Refusal> {
         usize::try_from(ring)
             .ok()
-            .filter(|index| *index < self.device.rings().len())
+            .filter(|index| *index < self.device.num_queues())
             .ok_or(Refusal::NoRing(ring))
     }
 
@@ -262,7 +224,7 @@ impl<'a> Session<'a> {
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), Refusal> {
-        let not_offered = features & !FEATURES;
+        let not_offered = features & !self.device.features();
         if not_offered != 0 {
             return Err(Refusal::NotOffered(not_offered));
         }
@@ -273,16 +235,26 @@ impl<'a> Session<'a> {
             return Err(Refusal::Features(features));
         }
         self.features = Some(features);
-        self.device.set_features(features);
+        self.device.acked_features(features);
+        // A front-end that knows no protocol features has no message for this.
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            for ring in 0..self.device.num_queues() {
+                self.device.change_ring(ring, |state| {
+                    state.set_enabled(true);
+                    Ok::<_, Refusal>(())
+                })?;
+            }
+        }
         Ok(())
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<(), Refusal> {
-        let not_offered = features & !protocol::OFFERED;
+        let offered = self.device.protocol_features();
+        let not_offered = features & !offered.bits();
         if not_offered != 0 {
             return Err(Refusal::NotOffered(not_offered));
         }
-        self.protocol = features;
+        self.protocol = Protocol::from_bits_truncate(features);
         Ok(())
     }
 
@@ -298,30 +270,29 @@ impl<'a> Session<'a> {
             .try_fold(none, |memory, (region, fd)| {
                 memory.with(*region, File::from(fd))
             })?;
-        self.use_memory(memory);
-        Ok(())
+        self.use_memory(memory)
     }
 
     fn add_memory(&mut self, region: Region, fd: Option<OwnedFd>) -> Result<(), Refusal> {
-        self.needs(protocol::CONFIGURE_MEM_SLOTS, "ADD_MEM_REG")?;
+        self.needs(Protocol::CONFIGURE_MEM_SLOTS, "ADD_MEM_REG")?;
         if let Some(fd) = fd {
             let memory = self.memory.with(region, File::from(fd))?;
-            self.use_memory(memory);
+            self.use_memory(memory)?;
         }
         Ok(())
     }
 
     fn remove_memory(&mut self, region: Region) -> Result<(), Refusal> {
-        self.needs(protocol::CONFIGURE_MEM_SLOTS, "REM_MEM_REG")?;
+        self.needs(Protocol::CONFIGURE_MEM_SLOTS, "REM_MEM_REG")?;
         let memory = self.memory.without(region)?;
-        self.use_memory(memory);
-        Ok(())
+        self.use_memory(memory)
     }
 
     /// From now on; afterwards no worker has the memory of before.
-    fn use_memory(&mut self, memory: Memory) {
+    fn use_memory(&mut self, memory: Memory) -> Result<(), Refusal> {
         self.memory = Arc::new(memory);
-        self.device.use_memory(&self.memory);
+        self.device.describe_memory(&self.memory);
+        Ok(self.device.update_memory(self.memory.address_space())?)
     }
 
     fn set_size(&self, ring: u32, size: u32) -> Result<(), Refusal> {
@@ -357,7 +328,7 @@ impl<'a> Session<'a> {
 
     fn set_kick(&mut self, ring: u32, fd: Option<OwnedFd>) -> Result<(), Refusal> {
         let index = self.index(ring)?;
-        self.settle(None)?;
+        self.device.settle(None)?;
         let fd = fd.ok_or(Refusal::NoKick(ring))?;
         notifier::check(std::os::fd::AsFd::as_fd(&fd))?;
         Ok(self.device.start_ring(index, fd)?)
@@ -381,7 +352,7 @@ impl<'a> Session<'a> {
 
     fn set_enabled(&self, ring: u32, enabled: bool) -> Result<(), Refusal> {
         let features = self.features.unwrap_or_default();
-        if features & PROTOCOL_FEATURES_BIT == 0 {
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             return Err(Refusal::NotNegotiated("SET_VRING_ENABLE"));
         }
         self.change(ring, |state| {
@@ -391,7 +362,7 @@ impl<'a> Session<'a> {
     }
 
     fn set_channel(&self, fd: Option<OwnedFd>) -> Result<(), Refusal> {
-        self.needs(protocol::BACKEND_REQ, "SET_BACKEND_REQ_FD")?;
+        self.needs(Protocol::BACKEND_REQ, "SET_BACKEND_REQ_FD")?;
         if let Some(fd) = fd {
             self.device.set_backend_channel(fd);
         }
@@ -401,7 +372,7 @@ impl<'a> Session<'a> {
     /// Back to the beginning, but for the memory and the protocol features.
     fn reset(&mut self) {
         self.features = None;
-        self.device.reset();
+        self.device.reset_device();
     }
 }
 
