@@ -49,6 +49,7 @@ impl Host {
             poll: Duration::ZERO,
             workers: Some(1),
             pin: Vec::new(),
+            policy: vhost_device_cram::balance::Policy::default(),
         };
         let announcer = Arc::new(Announcer::default());
         let (name, socket) = ("guest".into(), "/".into());

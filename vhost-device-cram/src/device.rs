@@ -648,6 +648,7 @@ mod tests {
             poll: Duration::ZERO,
             workers: Some(1),
             pin: Vec::new(),
+            policy: crate::balance::Policy::default(),
         };
         let announcer = Arc::new(Announcer::default());
         let (name, socket) = ("guest".into(), "/".into());
@@ -659,16 +660,16 @@ mod tests {
         map.write_slice(&descriptor, GuestAddress(TABLE)).unwrap();
         map.write_obj(200u16.to_le(), GuestAddress(AVAILABLE + 2))
             .unwrap();
-        device.use_memory(&Arc::new(Memory::from(map)));
         device.guest.ask_to_give_back(1);
 
         let mut ring = device.rings[0].lock();
+        ring.use_memory(&Arc::new(Memory::from(map)));
         ring.set_addresses(TABLE, AVAILABLE, USED).unwrap();
         let mut workspace = Workspace::new();
         let mut completed = 0;
         for wanted in [64, 64, 64, 8] {
             let mut batch = Batch::default();
-            let more = device.deliver_batch(&mut ring, &mut workspace, &mut batch);
+            let more = device.deliver_batch(&mut ring.serve(), &mut workspace, &mut batch);
             assert_eq!((more, batch.chains), (Ok(wanted == 64), wanted));
             completed += batch.chains;
         }
