@@ -47,6 +47,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("strace", "benchmarks"),
     // It has qemu-storage-daemon.
     ("qemu-system-common", "benchmarks"),
+    ("mount", "measuring the host's own swap"),
 ];
 
 /// Needed when the user's own Rust has no library sources.
@@ -210,6 +211,7 @@ mod tests {
         ("gcc", "gcc"),
         ("gpg", "asked for"),
         ("make", "make"),
+        ("mkswap", "essential"),
         ("mke2fs", "e2fsprogs"),
         ("ninja", "ninja-build"),
         ("nm", "binutils"),
@@ -220,7 +222,9 @@ mod tests {
         ("qemu-storage-daemon", "qemu-system-common"),
         ("readelf", "binutils"),
         ("sh", "essential"),
+        ("sleep", "essential"),
         ("strace", "strace"),
+        ("swapon", "mount"),
         ("tar", "essential"),
         // The program itself, under a name that is always there.
         ("/proc/self/exe", "essential"),
