@@ -366,12 +366,14 @@ impl Objects {
     }
 
     /// At recovery: enters an object under its number, or a second record of one that is there.
-    /// False when it contradicts what is there.
+    /// False when it contradicts what is there, or is not `apart` from the first: in one span they
+    /// could be lost together, so the second is worth nothing.
     pub(crate) fn adopt(
         &self,
         number: u32,
         object: Object,
         place: Place,
+        apart: impl Fn(Place, Place) -> bool,
         budget: &Budget,
     ) -> Result<bool, Shortage> {
         let mut table = self.table.write();
@@ -395,7 +397,8 @@ impl Objects {
             };
             return Ok(true);
         }
-        let is_second = entry.object == object && entry.copies[1].is_none();
+        let is_apart = entry.copies[0].is_some_and(|first| apart(first, place));
+        let is_second = entry.object == object && entry.copies[1].is_none() && is_apart;
         if is_second {
             entry.copies[1] = Some(place);
         }

@@ -206,6 +206,11 @@ impl Reader<'_> {
         &self.core.arena
     }
 
+    fn are_apart(&self, one: Place, other: Place) -> bool {
+        let layout = self.arena().layout();
+        layout.span_of(one) != layout.span_of(other)
+    }
+
     /// A record that lived is dead from now on.
     fn discard(&self, place: Place) {
         self.discarded.fetch_add(1, Relaxed);

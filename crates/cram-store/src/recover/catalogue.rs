@@ -87,11 +87,17 @@ impl Reader<'_> {
         else {
             return;
         };
+        // A second one in the same span could be lost together with the first: it is worth nothing.
+        let mut first = None;
         let mut kept = 0;
         copies.retain(|copy| {
-            let is_kept = kept < 2 && copy.generation == generation && copy.payload == payload;
+            let is_kept = kept < 2
+                && copy.generation == generation
+                && copy.payload == payload
+                && first.is_none_or(|first| self.are_apart(first, copy.place));
             if is_kept {
                 kept += 1;
+                first.get_or_insert(copy.place);
             } else {
                 self.discard(copy.place);
             }
@@ -260,6 +266,7 @@ impl Reader<'_> {
     /// Objects, from the spans of the catalogue. Returns room to note which of them are needed.
     pub(super) fn enter_objects(&self, spans: &[(SpanHeader, u32)]) -> Result<Needed, Shortage> {
         let core = self.core;
+        let apart = |one, other| self.are_apart(one, other);
         let (mut numbers, mut entered) = (0, Ok(()));
         let mut fault = |found: &Found| {
             if found.is_live && found.trust == Trust::Header {
@@ -276,7 +283,7 @@ impl Reader<'_> {
                     .filter(|object| core.space(object.space).is_some() && number < NUMBERS);
                 let adopted = object.map_or(Ok(false), |object| {
                     core.objects
-                        .adopt(number, object, found.place, &core.budget)
+                        .adopt(number, object, found.place, apart, &core.budget)
                 });
                 match adopted {
                     Ok(true) => {
