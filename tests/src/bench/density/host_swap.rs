@@ -349,10 +349,10 @@ mod tests {
         let mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
                       cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0\n\
                       cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        let own = "4:memory:/work/shop\n3:cpu:/\n0::/\n";
+        let own = "4:memory:/machine/guests\n3:cpu:/\n0::/\n";
         let parent = |is_there: bool| parent_of(mounts, own, |_| is_there);
         let v1 = Path::new("/sys/fs/cgroup/memory");
-        assert_eq!(parent(true), Some(v1.join("work/shop")));
+        assert_eq!(parent(true), Some(v1.join("machine/guests")));
         assert_eq!(parent(false), Some(v1.to_owned()));
         let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
         let found = parent_of(v2, "0::/user.slice\n", |_| true);
