@@ -139,10 +139,11 @@ fuzz_target!(|image: Image| {
         };
         store
             .check()
-            .unwrap_or_else(|e| panic!("life {life} {image:?} {e}"));
-        eprintln!("life {life} {:?}", image);
+            .unwrap_or_else(|error| panic!("opened, life {life}: {error} {image:?}"));
         use_it(&store, life);
-        store.check().unwrap();
+        store
+            .check()
+            .unwrap_or_else(|error| panic!("used, life {life}: {error} {image:?}"));
     }
 });
 

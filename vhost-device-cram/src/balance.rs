@@ -131,13 +131,14 @@ impl Balance {
         self.state.lock().policy = policy;
     }
 
-    /// The policy as the configuration space has it, for a pool that is so full.
-    pub fn bits(&self, fullness: Fullness) -> u32 {
+    /// The policy as the configuration space has it; how full the pool is, is asked only when it
+    /// matters.
+    pub fn bits(&self, fullness: impl FnOnce() -> Fullness) -> u32 {
         let wanted = self.policy();
         let keep = match wanted.copies {
             Copies::Free => false,
             Copies::Keep => true,
-            Copies::Adaptive => self.adapt(fullness),
+            Copies::Adaptive => self.adapt(fullness()),
         };
         let mut bits = 0;
         if keep {
@@ -158,6 +159,15 @@ impl Balance {
         let keeps = fullness < limit;
         self.keeps.store(keeps, Ordering::Relaxed);
         keeps
+    }
+
+    /// Forgets what was asked and reported, but not what the operator wants.
+    pub fn forget(&self) {
+        let mut state = self.state.lock();
+        *state = State {
+            policy: state.policy,
+            ..State::default()
+        };
     }
 
     /// The guest was asked to free pages.
@@ -226,13 +236,13 @@ mod tests {
     #[test]
     fn adaptive_copies_go_when_the_pool_fills_and_return_when_it_is_half_empty() {
         let balance = with(Copies::Adaptive);
-        let keeps = |fullness| balance.bits(fullness) & policy::KEEP_COPIES != 0;
+        let keeps = |fullness| balance.bits(|| fullness) & policy::KEEP_COPIES != 0;
         assert!(keeps(0) && keeps(599));
         assert!(!keeps(600));
         assert!(!keeps(599) && !keeps(500));
         assert!(keeps(499) && keeps(550));
-        assert_eq!(with(Copies::Keep).bits(1000), policy::KEEP_COPIES);
-        assert_eq!(with(Copies::Free).bits(0), 0);
+        assert_eq!(with(Copies::Keep).bits(|| 1000), policy::KEEP_COPIES);
+        assert_eq!(with(Copies::Free).bits(|| 0), 0);
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub struct Arguments {
     pub background_cpu: u32,
 
     /// Pages that a guest loaded back: free the pool's copy at once, keep it until the guest writes
-    /// to the page, or keep it while less than half of the pool is in use
+    /// to the page, or keep it until three fifths of the pool are in use
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = Copies::Free)]
     pub copies: Copies,
 

@@ -165,6 +165,9 @@ impl Guest {
         let is_used = known != NO_INSTANCE || !self.account.pools().is_empty();
         if !is_same && is_used && !self.trusts_socket {
             self.drop_pages("another virtual machine came")?;
+            // What was asked of the one before, and what that one told, is not this one's.
+            self.mailbox.clear();
+            self.balance.forget();
         }
         let now = match instance {
             Some(instance) => instance,
@@ -220,7 +223,7 @@ impl Guest {
             pressure: self.pressure().into(),
             state: state::READY.into(),
             generation: self.account.generation().into(),
-            policy: self.balance.bits(self.fullness()).into(),
+            policy: self.balance.bits(|| self.fullness()).into(),
             ..Config::default()
         }
     }
@@ -271,7 +274,7 @@ impl Guest {
     /// Announces generation, pressure and quota where they differ enough from what was announced before.
     pub fn announce_changes(&self) {
         let (pressure, quota_bytes) = (self.pressure(), self.quota_bytes());
-        let policy = self.balance.bits(self.fullness());
+        let policy = self.balance.bits(|| self.fullness());
         let generation = self.account.generation();
         let mut announced = self.announced.lock();
         let generation_changed = announced.generation != generation;
@@ -303,7 +306,7 @@ impl Guest {
         let Some(device) = self.connection() else {
             return false;
         };
-        if !device.has_feature(feature::SQUEEZE) {
+        if !(device.has_feature(feature::SQUEEZE) && device.has_feature(feature::EVENTS)) {
             return false;
         }
         self.balance.squeeze_asked(pages);

@@ -368,7 +368,7 @@ impl Drop for Daemon {
         self.stop.ring();
         self.announcer.stop();
         for line in &self.lines {
-            // Ends the relay. The front-end is hung up on later, when the workers are gone.
+            // Ends the session. The front-end is hung up on later, when the workers are gone.
             if let Some(front) = line.lock().as_ref() {
                 let _ = front.shutdown(Shutdown::Read);
             }

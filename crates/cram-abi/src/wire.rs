@@ -341,7 +341,7 @@ pub struct Config {
     pub pressure: U32,
     /// Any of [`state`].
     pub state: U32,
-    /// Names one life of the store: another number means that every page and pool is gone.
+    /// Names one life of the client's pages: another number means that every page and pool is gone.
     pub generation: U64,
     /// Any of [`policy`].
     pub policy: U32,

@@ -78,6 +78,14 @@ fn rest_after(worked: Duration, cpu_percent: u32) -> Duration {
     worked * (100 - share) / share
 }
 
+/// What a step was.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Done {
+    Nothing,
+    Compacted,
+    Recompressed,
+}
+
 /// What the thread remembers from one round to the next.
 struct Round {
     background: Background,
@@ -112,19 +120,22 @@ impl Round {
         if !debt.is_zero() {
             return debt;
         }
-        let is_more = self.tidy(core);
+        let done = self.tidy(core);
         // What was worked (to look whether there is work is some, too), the share allows; the rest
         // is slept.
-        let rest = rest_after(began.elapsed(), self.share());
+        let rest = rest_after(began.elapsed(), self.share(done));
         self.rested_at = Instant::now() + rest;
-        if is_more { rest } else { rest.max(REST) }
+        match done {
+            Done::Nothing => rest.max(REST),
+            Done::Compacted | Done::Recompressed => rest,
+        }
     }
 
     /// In percent of one processor.
-    fn share(&self) -> u32 {
-        match self.is_idle {
-            true => self.background.cpu_percent,
-            false => self.background.cpu_percent.div_ceil(2),
+    fn share(&self, done: Done) -> u32 {
+        match done {
+            Done::Recompressed if !self.is_idle => self.background.cpu_percent.div_ceil(2),
+            _ => self.background.cpu_percent,
         }
     }
 
@@ -155,14 +166,16 @@ impl Round {
         self.seen = Instant::now();
     }
 
-    /// One step of compaction or recompression. False when there is nothing to do.
-    fn tidy(&mut self, core: &Core) -> bool {
+    /// One step of compaction or recompression.
+    fn tidy(&mut self, core: &Core) -> Done {
         if core.is_worth_compacting() && core.compact_best() == Step::Emptied {
-            return true;
+            return Done::Compacted;
         }
         match self.background.cold_after {
-            Some(cold_after) => core.recompress_some(&mut self.repacker, cold_after, RECORDS),
-            None => false,
+            Some(cold_after) if core.recompress_some(&mut self.repacker, cold_after, RECORDS) => {
+                Done::Recompressed
+            }
+            _ => Done::Nothing,
         }
     }
 }
@@ -270,7 +283,8 @@ mod tests {
         }
         round.is_idle = false;
         round.seen = Instant::now() + Duration::from_secs(3600);
-        assert_eq!(round.share(), 50);
+        assert_eq!(round.share(Done::Recompressed), 50);
+        assert_eq!(round.share(Done::Compacted), 100);
         let core = &store.core;
         while store.stats().recompressed_pages == 0 {
             round.rested_at = Instant::now();

@@ -229,8 +229,8 @@ impl Store {
         self.core.budget.capacity_bytes()
     }
 
-    /// A random number, not 0, that differs from one arena to the next: by it a guest sees that its
-    /// pages are gone. A store that was opened again has the one that it had.
+    /// A random number, not 0, that differs from one arena to the next. A store that was opened again
+    /// has the one that it had. (Guests have their client's: [`Client::generation`].)
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation

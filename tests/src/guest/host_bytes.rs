@@ -17,7 +17,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::daemon::GUEST_MEMORY;
+/// What QEMU names the memory that it shares.
+const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
 
 /// What a process is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

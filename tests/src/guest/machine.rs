@@ -4,7 +4,6 @@
 //! (console, agent, monitor).
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,7 +17,6 @@ use super::agent::Agent;
 use super::artifacts::Artifacts;
 use super::console::Console;
 use super::counter::{self, Counter, Counting};
-use super::daemon::GUEST_MEMORY;
 use super::process::Process;
 use super::qmp::Qmp;
 
@@ -263,23 +261,6 @@ impl Guest {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process().pid()
-    }
-
-    /// Bytes of the guest's memory that the host has pages for.
-    ///
-    /// # Errors
-    ///
-    /// When QEMU has ended, or its files are not ours to look at.
-    pub fn ram_bytes(&self) -> Result<u64> {
-        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid()))? {
-            let path = entry?.path();
-            // A file that was closed meanwhile is none of the guest's memory.
-            let target = std::fs::read_link(&path).unwrap_or_default();
-            if target.to_string_lossy().contains(GUEST_MEMORY) {
-                return Ok(std::fs::metadata(&path)?.blocks() * 512);
-            }
-        }
-        bail!("QEMU has no file with the guest's memory")
     }
 
     /// What the kernel printed.

@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use cram_tests::guest::{Daemon, Failed, Guest, GuestOptions, Hold, Kernel, Stage, wait_until};
+use cram_tests::guest::{
+    Daemon, Failed, Guest, GuestOptions, Hold, Kernel, Ledger, Role, Stage, wait_until,
+};
 use serde_json::{Value, json};
 
 use crate::scale::{ROOMY, guest_of, pages, small, wait_stored};
@@ -113,7 +115,8 @@ pub(crate) fn squeezed_and_given_back(stage: &Stage, kernel: Kernel) -> Result<(
     let load = small(kernel);
     let hold = Hold::start(&guest, &load)?;
     let bytes = load.mib << 20;
-    let before = guest.ram_bytes()?;
+    let ledger = Ledger::new(&[(guest.pid(), Role::Qemu)])?;
+    let before = ledger.quick()?.guest;
 
     let squeeze = |bytes: u64| {
         let params = json!({ "client": "guest0", "bytes": bytes });
@@ -131,7 +134,7 @@ pub(crate) fn squeezed_and_given_back(stage: &Stage, kernel: Kernel) -> Result<(
     let enough = bytes / 3;
     let what = format!("{enough} bytes of {before} given back to the host");
     wait_until(&what, guest.patient(Duration::from_secs(60)), || {
-        Ok(guest.ram_bytes()? + enough <= before)
+        Ok(ledger.quick()?.guest + enough <= before)
     })?;
     hold.verify("random", 1)?.expect_good()?;
 

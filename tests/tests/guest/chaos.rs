@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use cram_tests::guest::{
     Daemon, DaemonOptions, Failed, Guest, Hold, Kernel, LoadOptions, Stage, seed_from_env,
-    wait_until,
 };
 
-use crate::scale::{ROOMY, expect_used, guest_of, pages, small, wait_stored};
+use crate::scale::{ROOMY, expect_used, guest_of, pages, small, wait_in_use, wait_stored};
 
 /// Guests that live one after another, so that boot and probe get their share of the kills.
 const LIVES: u32 = 10;
@@ -118,17 +117,7 @@ fn one_life(stage: &Stage, kernel: Kernel, number: u32, lots: &mut Lots) -> Resu
         ..small(kernel)
     };
     let hold = Hold::start(&guest, &load)?;
-    let mut round = 0;
-    wait_until(
-        "the device in use",
-        guest.patient(Duration::from_secs(30)),
-        || {
-            round += 1;
-            hold.rewrite(round, 1000)?;
-            hold.page_out()?;
-            Ok(daemon.control().stats()?.get("pages_stored")? >= pages(&load) / 2)
-        },
-    )?;
+    wait_in_use(&guest, &daemon, &hold, &load)?;
     hold.verify("random", 1)?.expect_good()?;
     hold.finish()?;
     ensure!(daemon.control().stats()?.get("gets_corrupt")? == 0);

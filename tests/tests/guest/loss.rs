@@ -2,12 +2,10 @@
 
 //! The daemon dies while it has the guest's pages.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use cram_tests::guest::{Failed, Hold, Kernel, LoadOptions, Stage};
 
-use crate::scale::{ROOMY, expect_used, guest_of, pages, small, wait_stored};
+use crate::scale::{ROOMY, expect_used, guest_of, pages, small, wait_in_use, wait_stored};
 
 /// SIGBUS, which a process gets that touches a lost page.
 const SIGBUS: i32 = 7;
@@ -56,17 +54,7 @@ pub(crate) fn killed_with_pages_out(stage: &Stage, kernel: Kernel) -> Result<()>
     // A new daemon has none of the old pages, and is used again.
     daemon.restart()?;
     daemon.wait_open()?;
-    let mut round = 3;
-    cram_tests::guest::wait_until(
-        "the new daemon in use",
-        guest.patient(Duration::from_secs(30)),
-        || {
-            round += 1;
-            hold.rewrite(round, 1000)?;
-            hold.page_out()?;
-            Ok(daemon.control().stats()?.get("pages_stored")? >= pages(&load) / 2)
-        },
-    )?;
+    wait_in_use(&guest, &daemon, &hold, &load)?;
     hold.verify("random", 4)?.expect_good()?;
     hold.verify("stride", 5)?.expect_good()?;
     hold.finish()?;
@@ -99,17 +87,7 @@ fn daemon_comes_late() -> Result<(), Failed> {
         hold.verify("random", 1)?.expect_good()?;
         daemon.restart()?;
         daemon.wait_open()?;
-        let mut round = 1;
-        cram_tests::guest::wait_until(
-            "the daemon in use",
-            guest.patient(Duration::from_secs(30)),
-            || {
-                round += 1;
-                hold.rewrite(round, 1000)?;
-                hold.page_out()?;
-                Ok(daemon.control().stats()?.get("pages_stored")? >= pages(&load) / 2)
-            },
-        )?;
+        wait_in_use(&guest, &daemon, &hold, &load)?;
         hold.verify("random", 2)?.expect_good()?;
         hold.finish()?;
         guest.finish()

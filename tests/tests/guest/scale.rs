@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use cram_tests::guest::{
-    Daemon, DaemonReading, Guest, GuestOptions, Kernel, LoadOptions, wait_until,
+    Daemon, DaemonReading, Guest, GuestOptions, Hold, Kernel, LoadOptions, wait_until,
 };
 
 /// A capacity that no test of these sizes fills.
@@ -100,6 +100,23 @@ pub(crate) fn wait_stored(daemon: &Daemon, pages: u64) -> Result<()> {
         Duration::from_secs(60),
         || Ok(daemon.control().stats()?.get("pages_stored")? >= pages),
     )
+}
+
+/// Changes a load's pages and has them swapped out, until the device has them.
+pub(crate) fn wait_in_use(
+    guest: &Guest,
+    daemon: &Daemon,
+    hold: &Hold<'_>,
+    load: &LoadOptions,
+) -> Result<()> {
+    let mut seed = 100;
+    let patience = guest.patient(Duration::from_secs(30));
+    wait_until("the device in use", patience, || {
+        seed += 1;
+        hold.rewrite(seed, 1000)?;
+        hold.page_out()?;
+        Ok(daemon.control().stats()?.get("pages_stored")? >= pages(load) / 2)
+    })
 }
 
 /// Waits until the device holds no page whose slot the guest has freed. Flushes are queued, so

@@ -11,7 +11,9 @@ use cram_tests::guest::{
     wait_until,
 };
 
-use crate::scale::{ROOMY, brief, expect_used, guest_of, pages, small, wait_freed, wait_stored};
+use crate::scale::{
+    ROOMY, brief, expect_used, guest_of, pages, small, wait_freed, wait_in_use, wait_stored,
+};
 
 /// A guest whose driver is inserted with parameters.
 fn guest_with(
@@ -90,17 +92,7 @@ pub(crate) fn stopped_while_swapping(stage: &Stage, kernel: Kernel) -> Result<()
     hold.verify("random", 1)?.expect_good()?;
     let stalls = guest.reading()?.device.get("stalls")?;
     ensure!(stalls > 0, "no stall was counted");
-    let mut round = 1;
-    wait_until(
-        "the device in use",
-        guest.patient(Duration::from_secs(30)),
-        || {
-            round += 1;
-            hold.rewrite(round, 1000)?;
-            hold.page_out()?;
-            Ok(daemon.control().stats()?.get("pages_stored")? >= pages(&load) / 2)
-        },
-    )?;
+    wait_in_use(&guest, &daemon, &hold, &load)?;
     hold.verify("random", 2)?.expect_good()?;
     hold.finish()?;
     expect_used(&guest, &daemon)?;

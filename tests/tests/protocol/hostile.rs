@@ -6,27 +6,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cram_abi::wire::{PAGE_SIZE, RESPONSE_SIZE, pool_flag, result};
 use cram_tests::frontend::{Ask, Descriptor, Guest, Options, PATIENCE, Request, TestDaemon, Wait};
 use serde_json::json;
 
-const CAPACITY: u64 = 64 << 20;
+use crate::ends::stopped;
 
-/// Waits until so many queues were stopped. (When all memory is gone, the event queue may be another.)
-fn stopped(daemon: &TestDaemon, wanted: u64) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
-    let count = || -> Result<u64> {
-        let stats = daemon.client_stats(0)?;
-        let count = stats["device"]["queues_stopped"].as_u64();
-        count.context("the daemon does not say")
-    };
-    while count()? < wanted {
-        assert!(Instant::now() < until, "the queue was not stopped");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
+const CAPACITY: u64 = 64 << 20;
 
 #[test]
 fn a_ring_that_lies_is_stopped_alone_until_it_is_reset() -> Result<()> {

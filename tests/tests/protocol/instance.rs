@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use cram_abi::wire::{CONFIG_SIZE, pool_flag, result, status};
+use cram_abi::wire::{CONFIG_SIZE, event, pool_flag, result, status};
 use cram_tests::frontend::{Guest, Options, PATIENCE, RawFrontend, Request, TestDaemon};
 use serde_json::json;
 
@@ -257,5 +257,31 @@ fn a_cookie_that_comes_late_or_wrongly_is_refused() -> Result<()> {
     assert!(!raw.set(SET_CONFIG, &mine, &[])?);
     raw.wait_hang_up()?;
     assert!(!finds_them(&daemon, ONE, generation)?);
+    Ok(())
+}
+
+/// A wish of the operator is for the virtual machine that was there, and so is what that one told.
+#[test]
+fn what_was_asked_of_one_is_not_asked_of_the_next() -> Result<()> {
+    let daemon = TestDaemon::start(1, CAPACITY)?;
+    leave_pages(&daemon, ONE)?;
+    let asked = json!({ "client": "guest0", "pages": 5 });
+    daemon.call("client.give_back", asked)?;
+    assert_eq!(
+        daemon.client_stats(0)?["give_back"]["state"],
+        json!("asked")
+    );
+
+    let mut guest = connect(&daemon, OTHER)?;
+    assert_eq!(daemon.client_stats(0)?["give_back"]["state"], json!("none"));
+    let buffers = guest.give_event_buffers(2)?;
+    daemon.call("client.quota", json!({ "client": "guest0", "bytes": "3M" }))?;
+    guest.wait_event(event::QUOTA, &buffers)?;
+    // The device delivers the older kinds first, so a wish would have come before.
+    assert_eq!(
+        daemon.client_stats(0)?["device"]["events"],
+        json!(1),
+        "the wish was delivered"
+    );
     Ok(())
 }

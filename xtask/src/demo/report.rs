@@ -41,7 +41,8 @@ pub struct Report {
     /// Of this, QEMU with the guest's memory.
     pub host_bytes_qemu: u64,
     /// Most memory that the host would have needed for the same pages had all of them been in the guest:
-    /// computed, QEMU's part and the pages that were in the store.
+    /// computed, QEMU's part and the pages that were in the store. At most: a page that is in both places
+    /// for a moment counts twice.
     pub host_bytes_without_max: u64,
     /// Bytes that the guest wrote to the swap disk beneath.
     pub disk_swap_bytes: u64,
@@ -195,7 +196,7 @@ impl Report {
         let share = with * 100 / without;
         format!(
             "  host        needed {} at most: {} for QEMU with the guest, {} for the pool; with all of the\n\
-             \x20             pages in the guest it would have needed {}: {} percent of that",
+             \x20             pages in the guest it would have needed up to {}: at least {} percent of that",
             human_bytes(with),
             human_bytes(self.host_bytes_qemu),
             human_bytes(with.saturating_sub(self.host_bytes_qemu)),

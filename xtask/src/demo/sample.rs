@@ -84,7 +84,8 @@ impl HostNumbers {
         self.qemu_bytes + self.resident_bytes
     }
 
-    /// What the host would need for the same pages without the device: all of them in the guest.
+    /// What the host would need for the same pages without the device: all of them in the guest. At
+    /// most: a page that is in both places for a moment counts twice.
     pub fn needed_without_bytes(&self) -> u64 {
         self.qemu_bytes + self.orig_bytes
     }

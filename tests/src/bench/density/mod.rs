@@ -4,7 +4,7 @@
 //! enough RAM, with other things to swap to, and above a host that swaps itself.
 //!
 //! What counts is what the host has to have: the emulators, the daemon and its pool, and what the
-//! host's own compressed swap holds, each page once ([`bytes`]). Loads keep real data and compare
+//! host's own compressed swap holds, each page once ([`crate::guest::Ledger`]). Loads keep real data and compare
 //! every page of it ([`run`]). What was measured is in a file as soon as it is known, so a part that
 //! fails takes nothing with it ([`records`]).
 
