@@ -27,6 +27,8 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::{Bytes, GuestAddress};
 
 const STEPS_MAX: usize = 48;
+/// Enough for all that can be offered, and an end for rings that feed themselves.
+const ROUNDS_MAX: u64 = 64;
 const QUEUES: u16 = 2;
 
 #[derive(Arbitrary, Debug)]
@@ -201,7 +203,7 @@ impl Run {
     fn kick(&self) -> bool {
         // All workers look; the queues that were not kicked have nothing to do, or are kicked early.
         for worker in 0..self.device.workers() {
-            self.device.serve(worker);
+            self.device.serve_rounds(worker, ROUNDS_MAX);
         }
         let is_served = !self.device.is_closing();
         assert!(is_served || self.has_shrunk, "the connection ended");

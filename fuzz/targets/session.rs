@@ -22,6 +22,9 @@ use vhost_device_cram::vhost::channel::Received;
 use vhost_device_cram::vhost::message::{FDS_MAX, HEADER_BYTES, Header, Message};
 use vhost_device_cram::vhost::session::Session;
 
+/// An end for rings that feed themselves.
+const ROUNDS_MAX: u64 = 64;
+
 struct Host {
     store: Arc<Store>,
     guest: Arc<Guest>,
@@ -107,7 +110,7 @@ fuzz_target!(|input: Input| {
                 break;
             }
             for worker in 0..device.workers() {
-                device.serve(worker);
+                device.serve_rounds(worker, ROUNDS_MAX);
             }
         }
         assert!(host.store.stats().mem_used_total <= host.store.capacity_bytes());

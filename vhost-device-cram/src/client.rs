@@ -7,7 +7,7 @@
 //! [`Device`] is one connection.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -111,9 +111,12 @@ pub struct Guest {
     /// What it did.
     pub counters: Counters,
     announced: Mutex<Announced>,
-    connection: Mutex<Weak<Device>>,
-    /// Whose pages they are changes for one at a time; and since when nobody is connected.
-    away_since: Mutex<Instant>,
+    /// None when nobody is connected; a connection that is just ending is still there.
+    connection: Mutex<Option<Weak<Device>>>,
+    /// Whose pages they are changes for one at a time; and since when nobody is connected, if so.
+    away_since: Mutex<Option<Instant>>,
+    /// Some virtual machine had the socket since the daemon was started.
+    was_claimed: AtomicBool,
 }
 
 impl Guest {
@@ -148,8 +151,9 @@ impl Guest {
             announcer,
             counters: Counters::default(),
             announced: Mutex::new(announced),
-            connection: Mutex::new(Weak::new()),
-            away_since: Mutex::new(Instant::now()),
+            connection: Mutex::new(None),
+            away_since: Mutex::new(Some(Instant::now())),
+            was_claimed: AtomicBool::new(false),
         }
     }
 
@@ -162,7 +166,9 @@ impl Guest {
         let _alone = self.away_since.lock();
         let known = self.account.instance();
         let is_same = instance == Some(known);
-        let is_used = known != NO_INSTANCE || !self.account.pools().is_empty();
+        let is_used = self.was_claimed.swap(true, Ordering::Relaxed)
+            || known != NO_INSTANCE
+            || !self.account.pools().is_empty();
         if !is_same && is_used && !self.trusts_socket {
             self.drop_pages("another virtual machine came")?;
             // What was asked of the one before, and what that one told, is not this one's.
@@ -180,15 +186,18 @@ impl Guest {
         Ok(())
     }
 
-    /// Drops all pools and pages. The guest, if there is one, finds another generation.
+    /// Drops all pools and pages, and says how many pages. The guest finds another generation; while
+    /// it is connected, nothing is done unless it is `force`d.
     ///
     /// # Errors
     /// When the store cannot, and then nothing was done.
-    pub fn reset(&self) -> Result<u64, StoreError> {
-        let _alone = self.away_since.lock();
-        let pages = self.drop_pages("the operator said so")?;
-        self.announcer.poke();
-        Ok(pages)
+    pub fn reset(&self, force: bool) -> Result<Option<u64>, StoreError> {
+        // Whoever connects meanwhile waits to claim what is left.
+        let away_since = self.away_since.lock();
+        if away_since.is_none() && !force {
+            return Ok(None);
+        }
+        self.drop_pages("the operator said so").map(Some)
     }
 
     /// Drops them when nobody was connected for `limit`.
@@ -197,7 +206,7 @@ impl Guest {
     /// When the store cannot.
     pub fn forget_after(&self, limit: Duration) -> Result<(), StoreError> {
         let away_since = self.away_since.lock();
-        let is_away = !self.is_connected() && away_since.elapsed() >= limit;
+        let is_away = away_since.is_some_and(|since| since.elapsed() >= limit);
         if is_away && !self.account.pools().is_empty() {
             self.drop_pages("nobody was connected for as long as they are kept")?;
         }
@@ -207,6 +216,8 @@ impl Guest {
     fn drop_pages(&self, why: &str) -> Result<u64, StoreError> {
         let pages = self.account.stats().pages_stored;
         self.account.reset()?;
+        // There is room for the others, too.
+        self.announcer.poke();
         log::info!("{}: {pages} pages dropped: {why}", self.name);
         Ok(pages)
     }
@@ -251,24 +262,25 @@ impl Guest {
     /// Remembers the connection that serves the guest now.
     pub fn attach(&self, device: &Arc<Device>) {
         Counters::add(&self.counters.connections, 1);
-        *self.connection.lock() = Arc::downgrade(device);
+        *self.away_since.lock() = None;
+        *self.connection.lock() = Some(Arc::downgrade(device));
     }
 
     /// The connection is over.
     pub fn detach(&self) {
         let mut away_since = self.away_since.lock();
-        *self.connection.lock() = Weak::new();
-        *away_since = Instant::now();
+        *self.connection.lock() = None;
+        *away_since = Some(Instant::now());
     }
 
     /// The connection that serves the guest now.
     pub fn connection(&self) -> Option<Arc<Device>> {
-        self.connection.lock().upgrade()
+        self.connection.lock().as_ref()?.upgrade()
     }
 
     /// Whether a front-end is connected.
     pub fn is_connected(&self) -> bool {
-        self.connection.lock().strong_count() > 0
+        self.connection.lock().is_some()
     }
 
     /// Announces generation, pressure and quota where they differ enough from what was announced before.
@@ -322,5 +334,34 @@ impl Guest {
         if let Some(device) = self.connection() {
             device.wake_event_worker();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use cram_store::{PoolId, PoolKind, PoolSpec};
+
+    use crate::device::tests::device;
+
+    /// A connection takes a while to end, and all of that the guest may be back in a moment.
+    #[test]
+    fn pages_are_not_forgotten_while_a_connection_ends() {
+        let device = device(1, 16);
+        let guest = Arc::clone(device.guest());
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        guest.account.new_pool(PoolId(0), spec).unwrap();
+        guest.attach(&device);
+        drop(device);
+        guest.forget_after(Duration::ZERO).unwrap();
+        assert!(!guest.account.pools().is_empty());
+        guest.detach();
+        guest.forget_after(Duration::ZERO).unwrap();
+        assert!(guest.account.pools().is_empty());
     }
 }

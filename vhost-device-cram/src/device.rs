@@ -150,7 +150,7 @@ impl Device {
     }
 
     /// Whose connection it is.
-    pub(crate) fn guest(&self) -> &Guest {
+    pub(crate) fn guest(&self) -> &Arc<Guest> {
         &self.guest
     }
 
@@ -162,7 +162,9 @@ impl Device {
 
     /// Keeps the front-end's channel for our requests.
     pub fn set_backend_channel(&self, channel: OwnedFd) {
-        *self.backend_channel.lock() = Some(channel);
+        let before = self.backend_channel.lock().replace(channel);
+        // Closed when it is not locked: closing may take as long as a front-end likes.
+        drop(before);
     }
 
     /// Whether the workers are to end.
@@ -173,12 +175,14 @@ impl Device {
     /// Makes every worker end, soon.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
-        self.backend_channel.lock().take();
+        let channel = self.backend_channel.lock().take();
         // It cannot be full: this is written once or twice.
         let _ = rustix::io::write(&self.over, &1u64.to_ne_bytes());
         for worker in &self.workers {
             worker.wakers.ring();
         }
+        // At last, and not locked: closing may take as long as a front-end likes.
+        drop(channel);
     }
 
     /// The same, for a reason of ours: the first one counts.
@@ -322,11 +326,17 @@ impl Device {
         }
     }
 
-    /// Serves the rings of worker `number`.
+    /// Serves the rings of worker `number` until they are empty.
     pub fn serve(&self, number: usize) {
+        self.serve_rounds(number, u64::MAX);
+    }
+
+    /// The same, but looks at each ring no more than `most` times: rings may lie so that completing
+    /// one request offers the next, and then they are never empty.
+    pub fn serve_rounds(&self, number: usize, most: u64) {
         match self.workers.get(number) {
-            Some(worker) if number == EVENT_WORKER => self.deliver_events(worker),
-            Some(worker) => self.serve_requests(worker),
+            Some(worker) if number == EVENT_WORKER => self.deliver_events(worker, most),
+            Some(worker) => self.serve_requests(worker, most),
             None => {}
         }
     }
@@ -355,7 +365,7 @@ impl Device {
     }
 
     /// Serves a group of request queues until all of them are empty, and have been for a while.
-    fn serve_requests(&self, worker: &Worker) {
+    fn serve_requests(&self, worker: &Worker, most: u64) {
         let mut tools = worker.tools.lock();
         let Tools {
             workspace,
@@ -372,7 +382,8 @@ impl Device {
         Counters::add(&self.guest.counters.wakeups, 1);
         patience.wakes(Instant::now());
         let mut idle_since = None;
-        while !self.is_closing() {
+        let mut rounds = 0..most;
+        while !self.is_closing() && rounds.next().is_some() {
             let mut worked = false;
             for (queue, ring) in rings() {
                 worked |= self.serve_batch(queue, ring, workspace) > 0;
@@ -513,7 +524,7 @@ impl Device {
     }
 
     /// Delivers what is in the mailbox, as far as the driver has given buffers.
-    fn deliver_events(&self, worker: &Worker) {
+    fn deliver_events(&self, worker: &Worker, most: u64) {
         let features = self.features.load(Ordering::Acquire);
         if features == 0 {
             // It has not said yet whether it wants any.
@@ -528,7 +539,8 @@ impl Device {
         };
         let mut tools = worker.tools.lock();
         // A bounded number of buffers at a time, so that whoever wants the ring gets it in between.
-        while !self.is_closing() {
+        let mut rounds = 0..most;
+        while !self.is_closing() && rounds.next().is_some() {
             let ring = ring.lock();
             let mut serving = ring.serve();
             if !serving.is_running() {
@@ -624,7 +636,7 @@ pub(crate) fn processors() -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use cram_store::{Store, StoreConfig};
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -632,18 +644,13 @@ mod tests {
     use crate::announce::Announcer;
     use crate::client::Offer;
 
-    /// Whoever wants to stop the event queue gets it after so many buffers, though the driver go on
-    /// giving buffers that can take no event.
-    #[test]
-    fn events_are_delivered_a_bounded_batch_at_a_time() {
-        const TABLE: u64 = 0;
-        const AVAILABLE: u64 = 0x2000;
-        const USED: u64 = 0x3000;
+    /// A connection of a guest of its own.
+    pub(crate) fn device(request_queues: u16, queue_size: u16) -> Arc<Device> {
         let store = Store::new(StoreConfig::default()).unwrap();
         let account = store.add_client("guest", None).unwrap();
         let offer = Offer {
-            request_queues: 1,
-            queue_size: 256,
+            request_queues,
+            queue_size,
             max_pools: 1,
             poll: Duration::ZERO,
             workers: Some(1),
@@ -653,7 +660,17 @@ mod tests {
         let announcer = Arc::new(Announcer::default());
         let (name, socket) = ("guest".into(), "/".into());
         let guest = Guest::new(name, socket, false, store, account, offer, announcer);
-        let device = Device::new(Arc::new(guest)).unwrap();
+        Arc::new(Device::new(Arc::new(guest)).unwrap())
+    }
+
+    /// Whoever wants to stop the event queue gets it after so many buffers, though the driver go on
+    /// giving buffers that can take no event.
+    #[test]
+    fn events_are_delivered_a_bounded_batch_at_a_time() {
+        const TABLE: u64 = 0;
+        const AVAILABLE: u64 = 0x2000;
+        const USED: u64 = 0x3000;
+        let device = device(1, 256);
         let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
         // One descriptor of eight bytes, made available two hundred times.
         let descriptor = [0x3800, 2 << 32 | 8].map(u64::to_le_bytes).concat();

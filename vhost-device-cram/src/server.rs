@@ -432,7 +432,14 @@ fn serve_guest(
 ) {
     while let Some(front) = stop.accept(socket) {
         log::info!("{}: a front-end connected", guest.name);
-        *line.lock() = front.try_clone().ok();
+        match front.try_clone() {
+            Ok(copy) => *line.lock() = Some(copy),
+            Err(error) => {
+                // Without a copy it could not be hung up on when the daemon stops.
+                log::warn!("{}: the front-end is not served: {error}", guest.name);
+                continue;
+            }
+        }
         // The bell may have rung before there was a line to hang up on.
         if !stop.is_stopping() {
             // A defect of ours that shows in one connection shall not cost the guest its socket.

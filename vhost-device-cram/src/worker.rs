@@ -229,43 +229,14 @@ fn interrupt(thread: i32) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use cram_store::{Store, StoreConfig};
     use rustix::event::{PollFd, PollFlags, poll};
 
     use super::*;
-    use crate::announce::Announcer;
-    use crate::client::{Guest, Offer};
-
-    fn device() -> Arc<Device> {
-        let store = Store::new(StoreConfig::default()).unwrap();
-        let account = store.add_client("guest", None).unwrap();
-        let offer = Offer {
-            request_queues: 2,
-            queue_size: 16,
-            max_pools: 1,
-            poll: Duration::ZERO,
-            workers: Some(1),
-            pin: Vec::new(),
-            policy: crate::balance::Policy::default(),
-        };
-        let announcer = Arc::new(Announcer::default());
-        let guest = Guest::new(
-            "guest".into(),
-            "/".into(),
-            false,
-            store,
-            account,
-            offer,
-            announcer,
-        );
-        Arc::new(Device::new(Arc::new(guest)).unwrap())
-    }
+    use crate::device::tests::device;
 
     #[test]
     fn a_worker_that_panics_ends_the_connection() {
-        let device = device();
+        let device = device(2, 16);
         let workers = Workers::start(&device).unwrap();
         guard(&device, || panic!("on purpose"));
         let mut over = [PollFd::from_borrowed_fd(device.over(), PollFlags::IN)];
@@ -277,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_waits_in_the_kernel_is_interrupted() {
-        let device = device();
+        let device = device(2, 16);
         take_interrupts().unwrap();
         let running = Arc::new(Running::default());
         let full = eventfd(0, EventfdFlags::CLOEXEC).unwrap();

@@ -344,19 +344,17 @@ fn reset(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
     }
     let wanted: Params = params(given)?;
     let guest = guest(shared, &wanted.client)?;
-    if guest.is_connected() && !wanted.force {
-        return Err(Error::new(
-            INVALID_PARAMS,
-            format!(
-                "\"{}\" is connected, and would lose what it has in its pages; \"force\" does it \
-                 all the same",
-                guest.name
-            ),
-        ));
-    }
     let pages = guest
-        .reset()
-        .map_err(|error| Error::new(INTERNAL_ERROR, error.to_string()))?;
+        .reset(wanted.force)
+        .map_err(|error| Error::new(INTERNAL_ERROR, error.to_string()))?
+        .ok_or_else(|| {
+            let name = &guest.name;
+            let message = format!(
+                "\"{name}\" is connected, and would lose what it has in its pages; \"force\" does \
+                 it all the same"
+            );
+            Error::new(INVALID_PARAMS, message)
+        })?;
     Ok(json!({
         "client": guest.name,
         "pages": pages,
@@ -382,6 +380,7 @@ fn remove(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
         .map(|client| client.stats().pages_stored);
     match pages {
         Some(pages) if shared.store.remove_client(&name) => {
+            tell_of_room(shared);
             log::info!("{name}: removed, with {pages} pages");
             Ok(json!({ "client": name, "pages": pages }))
         }
@@ -392,9 +391,17 @@ fn remove(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Error> {
     }
 }
 
+/// There may be room for the guests that were told that there is none.
+fn tell_of_room(shared: &Shared) {
+    if let Some(guest) = shared.guests.first() {
+        guest.announcer.poke();
+    }
+}
+
 fn compact(shared: &Shared) -> Value {
     let before = shared.store.stats().mem_used_total;
     let spans = shared.store.compact();
+    tell_of_room(shared);
     let after = shared.store.stats().mem_used_total;
     log::info!(
         "compacted: {} held before, {} now",
@@ -415,6 +422,7 @@ fn recompress(shared: &Shared, given: &Map<String, Value>) -> Result<Value, Erro
     let before = shared.store.stats();
     let cold_after = Duration::from_secs(wanted.cold_after_s.into());
     shared.store.recompress(cold_after);
+    tell_of_room(shared);
     let after = shared.store.stats();
     Ok(json!({
         "recompressed_pages": after.recompressed_pages,
