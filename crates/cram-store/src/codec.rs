@@ -13,7 +13,7 @@ use lz4_flex::block::{
     CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size,
 };
 
-use crate::{PAGE_SIZE, Page};
+use crate::spec::{PAGE_SIZE, Page};
 
 /// Longer images are not worth it: the page itself is unpacked faster.
 const PACKED_BYTES_MAX: usize = PAGE_SIZE - 128;

@@ -5,8 +5,8 @@
 
 use crate::arena::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
 use crate::codec::{Scratch, filled_word};
-use crate::sums::Sums;
-use crate::{PAGE_SIZE, Page};
+use crate::ledger::sums::Sums;
+use crate::spec::{PAGE_SIZE, Page};
 
 /// What is made.
 pub struct Forge {

@@ -36,82 +36,49 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-// The modules, from the floor up. Each imports what stands above it in this list, never what is
-// below; `tests/layers.rs` sees to it that there are no circles.
+// The layers, from the floor up. Each is a folder (or a file) and imports what stands before it in
+// this list, never what comes after; `tests/layers.rs` sees to that.
 //
-// - `sync`, `budget`, `prefetch`, `codec`: know nothing of the store.
-// - `arena`: the mapped file, spans, records, pins. Knows no client.
-// - `spec`, `settings`, `config`: what everybody may know of pools, clients and the operator's wishes.
-// - `account`, `objects`, `catalogue`, `domain`, `index`, `queue`, `stats`, …: what is known of records,
-//   each by itself; `ledger` has them all, and `replace` is how a record takes another's place.
-// - `space`: a pool's pages over the ledger. `core`: the ledger and the spaces.
-// - `relocate`, `policy`, `evict`, `compact`, `share`, `recompress`, `maintain`: what moves pages.
-// - `recover`: makes all of that from an arena.
-// - `pool`, `client`, `store`, `check`: the public face.
+// 1. `spec`: pages, pools, names, settings, configuration: what everybody may know.
+// 2. `machine`: locks and atomics, the budget of memory, cache lines. `codec`: packs one page.
+// 3. `arena`: the mapped file, spans, records, pins. Knows no client.
+// 4. `log`: the heads that records are appended to, the order of spans, the keeper's bell.
+// 5. `ledger`: accounts, objects, images, catalogue, counters, hints: what is known of records.
+//    `replace` is the only place where a record takes another's.
+// 6. `space`: a pool's pages, by an index over the ledger.
+// 7. `engine`: ledger and spaces together, and what moves pages: compaction, eviction, sharing, policy.
+// 8. `recover`: makes all of that from an arena. `maintain`: the background thread.
+// 9. `store`: the public face: pools, clients, the store, its check. (`forge`: what fuzzers damage.)
 #![deny(unsafe_code)]
 
-mod account;
-mod alias;
 mod arena;
-mod budget;
-mod catalogue;
-mod check;
-mod client;
 mod codec;
-mod compact;
-mod config;
-mod core;
-mod domain;
-mod evict;
+mod engine;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod forge;
-mod ghosts;
-mod index;
-mod leaf;
 mod ledger;
+mod log;
+mod machine;
 mod maintain;
-mod objects;
-mod policy;
-mod pool;
-mod prefetch;
-mod queue;
-mod recompress;
 mod recover;
-mod relocate;
-mod replace;
-mod settings;
-mod share;
 mod space;
 mod spec;
-mod stats;
 mod store;
-mod sums;
-mod sync;
-mod tables;
-mod twins;
-mod waker;
 
-pub use arena::{ArenaError, Backing, FORMAT_VERSION};
-pub use client::Client;
+pub use arena::{ArenaError, FORMAT_VERSION};
 pub use codec::Scratch;
-pub use config::{
-    CAPACITY_BYTES_MAX, CAPACITY_BYTES_MIN, CLIENTS_MAX, POOLS_PER_CLIENT_MAX, StoreConfig,
-    StoreError,
-};
-pub use policy::ReclaimTarget;
-pub use pool::{GetResult, Pool, PutResult};
+pub use engine::policy::ReclaimTarget;
+pub use ledger::stats::{ClientStats, PoolStats, Refusal, Stats, StoreStats};
 pub use recover::Recovery;
-pub use settings::{AUTHORISED_MAX, ClientSettings, DEFAULT_WEIGHT};
-pub use spec::{Background, NoPool, PoolError, PoolId, PoolKind, PoolSpec};
-pub use stats::{ClientStats, PoolStats, Refusal, Stats, StoreStats};
+pub use spec::config::{
+    Backing, CAPACITY_BYTES_MAX, CAPACITY_BYTES_MIN, CLIENTS_MAX, POOLS_PER_CLIENT_MAX, StoreConfig,
+};
+pub use spec::settings::{AUTHORISED_MAX, ClientSettings, DEFAULT_WEIGHT};
+pub use spec::{
+    Background, NoPool, ObjectId, PAGE_SIZE, Page, PoolError, PoolId, PoolKind, PoolSpec,
+};
+pub use store::client::Client;
+pub use store::error::StoreError;
+pub use store::pool::{GetResult, Pool, PutResult};
 pub use store::{AgeBytes, Store};
-
-/// Bytes of a page.
-pub const PAGE_SIZE: usize = 4096;
-/// A page's bytes.
-pub type Page = [u8; PAGE_SIZE];
-
-/// An object's id, 192 bits, chosen by the guest: a swap device, an inode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectId(pub [u64; 3]);

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::compact::Step;
-use crate::core::Core;
-use crate::recompress::Repacker;
+use crate::engine::Core;
+use crate::engine::compact::Step;
+use crate::engine::recompress::Repacker;
+use crate::machine::sync::atomic::Ordering;
 use crate::spec::Background;
-use crate::sync::atomic::Ordering;
 
 /// How long the thread sleeps when there is nothing to do.
 const REST: Duration = Duration::from_secs(1);

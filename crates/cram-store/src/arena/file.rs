@@ -21,20 +21,9 @@ use super::span_header::{SPAN_HEADER_BYTES, SpanHeader, read_header};
 use super::spans::Spans;
 use super::superblock::{SUPERBLOCK_BYTES, Superblock, Unreadable};
 use super::{Arena, Layout, Secret};
-use crate::budget::Budget;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-
-/// Where the arena is.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Backing {
-    /// In memory that ends with the process.
-    #[default]
-    Memory,
-    /// In this file, which is made if it is not there: under /dev/shm or on hugetlbfs, it is memory
-    /// that outlives the process; elsewhere it is a file that the system writes to its disk. The
-    /// store finds its pages in it again.
-    File(PathBuf),
-}
+use crate::machine::budget::Budget;
+use crate::machine::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use crate::spec::config::Backing;
 
 /// Why an arena could not be opened.
 #[derive(Debug, Error)]

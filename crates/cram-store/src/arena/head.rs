@@ -12,8 +12,8 @@ use super::record::{HEADER_BYTES, Header};
 use super::span_header::Role;
 use super::spans::Urgency;
 use super::{Arena, Place};
-use crate::budget::Shortage;
-use crate::sync::Mutex;
+use crate::machine::budget::Shortage;
+use crate::machine::sync::Mutex;
 
 /// A record to be appended.
 #[derive(Clone, Copy)]

@@ -34,8 +34,8 @@ mod superblock;
 mod tests;
 mod walk;
 
+pub use file::ArenaError;
 pub(crate) use file::Opened;
-pub use file::{ArenaError, Backing};
 #[cfg(fuzzing)]
 pub(crate) use forge::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
 pub(crate) use head::{Head, Record, now};
@@ -51,7 +51,7 @@ use std::sync::atomic::{AtomicU64 as PlainAtomicU64, Ordering};
 
 use spans::Spans;
 
-use crate::sync::atomic::{AtomicBool, AtomicU64};
+use crate::machine::sync::atomic::{AtomicBool, AtomicU64};
 use superblock::Superblock;
 
 /// Keys everything that a guest must not be able to foresee: hashes of pages, codes of headers.

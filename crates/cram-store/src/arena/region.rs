@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicU64;
 
 use rustix::io::Errno;
 
-use crate::prefetch::{LINE_BYTES, prefetch};
+use crate::machine::prefetch::{LINE_BYTES, prefetch};
 
 /// A mapped file. Offsets are in bytes from its beginning.
 pub(crate) struct Region {

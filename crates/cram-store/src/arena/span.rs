@@ -17,7 +17,7 @@
 use loom::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(not(loom))]
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::machine::sync::atomic::{AtomicU64, Ordering};
 
 /// Live granules: the lowest 24 bits.
 const LIVE_MASK: u64 = (1 << 24) - 1;

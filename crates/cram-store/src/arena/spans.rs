@@ -23,8 +23,8 @@ use super::record::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
 use super::region::Region;
 use super::span::Life;
 use super::span_header::{Role, SpanHeader, write_header};
-use crate::budget::{Budget, Shortage};
-use crate::sync::Mutex;
+use crate::machine::budget::{Budget, Shortage};
+use crate::machine::sync::Mutex;
 
 /// How much of a span is populated at a time, in bytes: enough for one call to the host to be worth
 /// its while, little enough not to hold memory that is not filled yet.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use super::*;
-use crate::budget::Budget;
+use crate::machine::budget::Budget;
 
 const SPAN_BYTES: u64 = 16 << 10;
 const SPANS: u32 = 12;

@@ -6,14 +6,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Copy, KnownClient, Needed, Reader, SPACES_MAX};
-use crate::PAGE_SIZE;
-use crate::account::{Account, Holder};
 use crate::arena::{Found, Kind, NUMBERS, Place, SpanHeader, Trust, is_newer};
-use crate::budget::Shortage;
-use crate::catalogue::{AccountRecord, EntryKey, PoolRecord, SpaceRecord, object_from_bytes};
+use crate::ledger::account::{Account, Holder};
+use crate::ledger::catalogue::{
+    AccountRecord, EntryKey, PoolRecord, SpaceRecord, object_from_bytes,
+};
+use crate::machine::budget::Shortage;
+use crate::machine::sync::atomic::Ordering::Relaxed;
 use crate::space::Space;
+use crate::spec::PAGE_SIZE;
 use crate::spec::{Keeping, PoolId, PoolKind, PoolSpec};
-use crate::sync::atomic::Ordering::Relaxed;
 
 impl Reader<'_> {
     /// Walks the catalogue's spans. Of each entry, the copies of its newest state.

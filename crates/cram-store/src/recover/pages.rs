@@ -4,15 +4,15 @@
 
 use super::survey::in_parallel;
 use super::{Needed, Numbering, Reader};
-use crate::alias::image_in;
 use crate::arena::{Found, Kind, Place, Role, SpanHeader, Trust, is_newer};
-use crate::budget::Shortage;
 use crate::codec::{Scratch, filled_word};
-use crate::index::Key;
-use crate::objects::Object;
+use crate::ledger::alias::image_in;
+use crate::ledger::objects::Object;
+use crate::machine::budget::Shortage;
+use crate::machine::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::space::Space;
-use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use crate::{PAGE_SIZE, Page};
+use crate::space::index::Key;
+use crate::spec::{PAGE_SIZE, Page};
 
 /// What a page has its bytes from.
 #[derive(Clone, Copy)]

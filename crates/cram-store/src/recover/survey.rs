@@ -13,15 +13,15 @@ use std::collections::{BTreeMap, HashMap};
 use hashbrown::HashTable;
 
 use super::{Needed, Reader};
-use crate::PAGE_SIZE;
-use crate::account::{Account, Holder, Purse};
 use crate::arena::{Found, Kind, Role, SpanHeader, Trust, mix};
-use crate::budget::Shortage;
 use crate::codec::Scratch;
-use crate::leaf::{PAGES_PER_LEAF, slots_bytes};
-use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use crate::tables::{grow_table, table_bytes};
+use crate::ledger::account::{Account, Holder, Purse};
+use crate::machine::budget::Shortage;
+use crate::machine::sync::Mutex;
+use crate::machine::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::space::leaf::{PAGES_PER_LEAF, slots_bytes};
+use crate::space::tables::{grow_table, table_bytes};
+use crate::spec::PAGE_SIZE;
 
 /// What was seen of one leaf: its object's number (28 bits), its region (26) and how many pages it has
 /// (7), in one word.
@@ -286,9 +286,13 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn make_images(&self, domain: &crate::domain::Domain, numbers: u32) -> Result<(), Shortage> {
+    fn make_images(
+        &self,
+        domain: &crate::ledger::domain::Domain,
+        numbers: u32,
+    ) -> Result<(), Shortage> {
         let budget = &self.core.budget;
-        let bytes = crate::domain::Images::bytes_for(numbers);
+        let bytes = crate::ledger::domain::Images::bytes_for(numbers);
         budget.reserve(bytes)?;
         if domain.images.lock().make_room_for(numbers) {
             Ok(())

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use super::Spans;
 use crate::arena::span::Freed;
-use crate::budget::Shortage;
+use crate::machine::budget::Shortage;
 
 /// Who asks for a span, or for memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
