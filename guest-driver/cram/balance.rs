@@ -198,8 +198,9 @@ impl Balance {
         }
     }
 
-    /// One step. `accepts` says whether the device takes pages now. May sleep, for long.
-    pub(crate) fn step(&mut self, wishes: &Wishes, accepts: bool) -> Step {
+    /// One step. `works` says whether the device answers, and `accepts` whether it takes pages now.
+    /// May sleep, for long.
+    pub(crate) fn step(&mut self, wishes: &Wishes, works: bool, accepts: bool) -> Step {
         let mut step = Step {
             report: None,
             next_ms: None,
@@ -211,7 +212,13 @@ impl Balance {
             self.stall_ppm();
         }
         if let Some(pages) = Wishes::take(&wishes.give_back) {
-            self.give_back = Some(Errand::new(pages));
+            let mut errand = Errand::new(pages);
+            if pages > 0 {
+                // Pages that are in memory as well go first, since that costs nothing.
+                errand.done = memory::drop_copies();
+                step.given_back += errand.done;
+            }
+            self.give_back = Some(errand);
         }
         if wishes.drop_copies.xchg(false, Relaxed) {
             step.given_back += memory::drop_copies();
@@ -219,7 +226,7 @@ impl Balance {
         if self.squeeze.is_some() {
             self.squeeze_step(&mut step, accepts);
         } else if self.give_back.is_some() {
-            self.give_back_step(&mut step);
+            self.give_back_step(&mut step, works);
         } else if wishes.auto.load(Relaxed) {
             self.auto_step(&mut step, accepts);
         }
@@ -264,16 +271,21 @@ impl Balance {
         }
     }
 
-    fn give_back_step(&mut self, step: &mut Step) {
+    fn give_back_step(&mut self, step: &mut Step, works: bool) {
         let Some(errand) = &mut self.give_back else {
             return;
         };
-        let brought = match errand.wanted() {
-            0 => 0,
-            pages => memory::bring_back(pages),
-        };
-        errand.advance(brought);
-        step.given_back += brought;
+        if works {
+            let brought = match errand.wanted() {
+                0 => 0,
+                pages => memory::bring_back(pages),
+            };
+            errand.advance(brought);
+            step.given_back += brought;
+        } else {
+            // Each page would cost an error, or a wait for a back-end that may not come back.
+            errand.state = progress::STOPPED;
+        }
         if errand.is_report_due(REPORT_STEPS) {
             step.report = Some(errand.report(wire::event::GIVE_BACK));
         }

@@ -325,6 +325,8 @@ impl virtio::Driver for Device {
             control.registration = Some(registration);
             control.file = Some(file);
         }
+        // It follows the host's policy from now on.
+        self.schedule_control_now();
         pr_info!(
             "virtio{}: {} queues, {}\n",
             self.virtio.index(),
@@ -336,9 +338,10 @@ impl virtio::Driver for Device {
 
     fn stop(self: &Arc<Self>) {
         self.leaving.store(true, Relaxed);
+        // From here on it looks by itself: the core reports no change any more.
+        self.workqueue.schedule_now::<_, 1>(self);
         // Memory that is being reclaimed would go to the disk now.
         work::cancel::<_, 2>(self);
-        self.workqueue.schedule_now::<_, 1>(self);
         let (registration, file) = {
             let mut control = self.control.lock();
             (control.registration.take(), control.file.take())
@@ -347,7 +350,11 @@ impl virtio::Driver for Device {
         // Brings every page back, with the help of the control work when the back-end is gone.
         drop(registration);
 
-        self.gone.store(true, Relaxed);
+        {
+            // A restart under way ends first: it must not find the device gone, and wait for itself.
+            let _control = self.control.lock();
+            self.gone.store(true, Relaxed);
+        }
         self.cancel_work();
         if self.state.load(Relaxed) == state::RUNNING {
             // Nothing is left to be lost; the host need not keep what the guest will not ask for.
@@ -681,7 +688,10 @@ impl Device {
             // Otherwise it is for the watchdog to say.
             self.set_state(state::RUNNING);
         }
-        self.follow(config.policy.get());
+        if control.registration.is_some() {
+            // What mm does with copies is for the one backend that it has to say.
+            self.follow(config.policy.get());
+        }
         self.arm_watchdog();
         self.schedule_flush();
         // A full device says when it has room, but news may be late or lost.

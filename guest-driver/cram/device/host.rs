@@ -25,12 +25,16 @@ impl Device {
         if self.leaving.load(Relaxed) {
             return;
         }
-        let step = self.balance.lock().step(&self.wishes, self.accepts());
+        let works = self.state.load(Relaxed) == state::RUNNING;
+        let step = self
+            .balance
+            .lock()
+            .step(&self.wishes, works, self.accepts());
         self.stats.squeezed_pages.add(step.squeezed);
         self.stats.given_back_pages.add(step.given_back);
         if let Some(report) = step.report {
             if self.virtio.has_feature(wire::feature::SQUEEZE)
-                && self.state.load(Relaxed) == state::RUNNING
+                && works
             {
                 self.control_request(&Request::report(&report));
             }

@@ -148,6 +148,48 @@ fn daemon_stopped_for_long() -> Result<(), Failed> {
     })
 }
 
+/// Pages of a file in memory (tmpfs) that were asked for in vain, and those that were to be read
+/// ahead with them, can be had again when the daemon goes on.
+pub(crate) fn shared_memory_stopped(stage: &Stage, kernel: Kernel) -> Result<()> {
+    const MIB: u64 = 24;
+    let mut daemon = stage.daemon(ROOMY)?;
+    let parameters = "stall_ms=300 load_timeout_ms=2000";
+    let guest = guest_with(stage, &daemon, kernel, parameters, false)?;
+    guest.shell(&format!(
+        "cd /sys/fs/cgroup && echo +memory > cgroup.subtree_control && mkdir files && \
+         mount -t tmpfs -o size=64m files /mnt && \
+         sh -c 'echo 0 > files/cgroup.procs && exec dd if=/dev/vdc of=/mnt/file bs=1M count={MIB}' && \
+         echo {MIB}M > files/memory.reclaim || true"
+    ))?;
+    wait_stored(&daemon, MIB * 256 / 2)?;
+
+    daemon.pause()?;
+    let limit = guest.patient(Duration::from_secs(60));
+    let read = guest
+        .agent()?
+        .exec("cat /mnt/file > /dev/null", None, limit)?;
+    ensure!(
+        !read.good(),
+        "the file could be read from a daemon that is stopped"
+    );
+    ensure!(guest.device_state()? == "hung", "the device is not hung");
+
+    daemon.resume()?;
+    wait_state(&guest, "running")?;
+    guest.shell(&format!(
+        "cmp -n $(({MIB} << 20)) /mnt/file /dev/vdc && rm /mnt/file && umount /mnt"
+    ))?;
+    wait_freed(&guest, &daemon)?;
+    guest.finish()
+}
+
+#[test]
+fn daemon_stopped_under_shared_memory() -> Result<(), Failed> {
+    Stage::run("daemon_stopped_under_shared_memory", |stage| {
+        shared_memory_stopped(stage, Kernel::Plain)
+    })
+}
+
 /// Somebody resets the PCI function again and again while pages are out and come in. Requests that
 /// were under way are made once more, and what was to be freed is.
 pub(crate) fn function_reset(stage: &Stage, kernel: Kernel) -> Result<()> {
@@ -245,6 +287,41 @@ pub(crate) fn unloaded_when_lost(stage: &Stage, kernel: Kernel) -> Result<()> {
 fn unload_when_lost() -> Result<(), Failed> {
     Stage::run("unload_when_lost", |stage| {
         unloaded_when_lost(stage, Kernel::Plain)
+    })
+}
+
+/// The daemon dies, and the module is unloaded before its pages are given up: the drain waits, and
+/// then neither it nor the restart of the device waits for the other.
+pub(crate) fn unloaded_before_lost(stage: &Stage, kernel: Kernel) -> Result<()> {
+    let mut daemon = stage.daemon_with(DaemonOptions {
+        capacity: ROOMY.to_owned(),
+        more: vec!["--num-queues".to_owned(), "8".to_owned()],
+        ..DaemonOptions::default()
+    })?;
+    let guest = stage.guest(GuestOptions {
+        words: vec!["cram.noload".to_owned()],
+        queues: 8,
+        ..guest_of(&daemon, kernel)
+    })?;
+    guest.shell("insmod /lib/modules/cram.ko down_grace_ms=2000")?;
+    guest.swap_on()?;
+    let load = small(kernel);
+    let hold = Hold::start(&guest, &load)?;
+    hold.page_out()?;
+    wait_stored(&daemon, pages(&load) / 2)?;
+    daemon.kill()?;
+    wait_state(&guest, "down")?;
+    let limit = guest.patient(Duration::from_secs(60));
+    let removed = guest.agent()?.exec("rmmod cram", None, limit)?;
+    ensure!(removed.good(), "the module was not removed: {removed:?}");
+    hold.finish()?;
+    guest.finish()
+}
+
+#[test]
+fn unload_before_lost() -> Result<(), Failed> {
+    Stage::run("unload_before_lost", |stage| {
+        unloaded_before_lost(stage, Kernel::Plain)
     })
 }
 

@@ -167,6 +167,7 @@ impl<'a> Course<'a> {
             self.times.add(&done);
             needed.extend(self.pool_vs_needed(done.away_pages)?);
             self.note_pool()?;
+            self.note_swap_cache(order, done.away_pages)?;
         }
         self.set("work_per_s", number(pages) / seconds);
         if let Some(worst) = needed.into_iter().reduce(f64::max) {
@@ -459,6 +460,29 @@ impl<'a> Course<'a> {
         if let Some((before, after)) = before.zip(self.instructions()?) {
             let each = number(after.saturating_sub(before)) / number(work.max(1));
             self.set("guest_insn_per_work", each);
+        }
+        Ok(())
+    }
+
+    /// What is in the guest's memory and in the pool, and how well the guest reads ahead.
+    fn note_swap_cache(&mut self, order: &str, away_pages: u64) -> Result<()> {
+        const PAGE_KIB: u64 = 4;
+        let [mut cached, mut ahead, mut used] = [0, 0, 0];
+        for pace in &self.paces {
+            let agent = pace.guest().agent()?;
+            let vmstat = crate::guest::Named::parse(&agent.read("/proc/vmstat")?);
+            let meminfo = crate::guest::Named::parse(&agent.read("/proc/meminfo")?);
+            cached += meminfo.get("SwapCached")? / PAGE_KIB;
+            ahead += vmstat.get("swap_ra")?;
+            used += vmstat.get("swap_ra_hit")?;
+        }
+        for (name, value) in [
+            ("away_pages", away_pages),
+            ("swap_cached_pages", cached),
+            ("read_ahead_pages", ahead),
+            ("read_ahead_used", used),
+        ] {
+            self.set(format!("{order}_{name}"), number(value));
         }
         Ok(())
     }
