@@ -14,7 +14,7 @@
 //! | [`areas`]     | which freed slots the device has not heard of yet                    |
 //! | [`events`]    | the event queue                                                      |
 //! | [`stats`]     | counters, and how debugfs shows them                                 |
-//! | [`frontswap`], [`memory`], [`virtio`], [`dma`], [`work`] | the C interfaces, wrapped; nearly all `unsafe` is here |
+//! | [`frontswap`], [`memory`], [`virtio`], [`dma`], [`work`], `sleep` | the C interfaces, wrapped; nearly all `unsafe` is here |
 //!
 //! Locks, outermost first: `Device::control` and `Device::asking` (mutexes), a queue's spinlock, an
 //! area's spinlock. A [`turn::Turn`] is only ever tried for under `control`, so whoever has it may
@@ -31,6 +31,8 @@ mod frontswap;
 mod memory;
 mod queue;
 mod request;
+#[cfg(CONFIG_PM_SLEEP)]
+mod sleep;
 mod stats;
 mod turn;
 mod virtio;

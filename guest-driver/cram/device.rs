@@ -2,6 +2,8 @@
 
 //! One device: what it does for frontswap, its states, its life.
 
+#[cfg(CONFIG_PM_SLEEP)]
+mod hibernation;
 mod host;
 mod swap;
 mod watchdog;
@@ -151,6 +153,8 @@ struct Control {
     looks: KVec<Look>,
     registration: Option<frontswap::Registration<Device>>,
     file: Option<StatsFile<Device>>,
+    #[cfg(CONFIG_PM_SLEEP)]
+    alarm: Option<Pin<KBox<crate::sleep::Alarm<Device>>>>,
 }
 
 /// One device.
@@ -283,6 +287,8 @@ impl virtio::Driver for Device {
                     looks,
                     registration: None,
                     file: None,
+                    #[cfg(CONFIG_PM_SLEEP)]
+                    alarm: None,
                 }),
                 flush_work <- new_delayed_work!("cram_flush"),
                 control_work <- new_delayed_work!("cram_control"),
@@ -327,6 +333,8 @@ impl virtio::Driver for Device {
         }
         // It follows the host's policy from now on.
         self.schedule_control_now();
+        #[cfg(CONFIG_PM_SLEEP)]
+        self.expect_hibernation()?;
         pr_info!(
             "virtio{}: {} queues, {}\n",
             self.virtio.index(),
@@ -342,6 +350,8 @@ impl virtio::Driver for Device {
         self.workqueue.schedule_now::<_, 1>(self);
         // Memory that is being reclaimed would go to the disk now.
         work::cancel::<_, 2>(self);
+        #[cfg(CONFIG_PM_SLEEP)]
+        self.ignore_hibernation();
         let (registration, file) = {
             let mut control = self.control.lock();
             (control.registration.take(), control.file.take())

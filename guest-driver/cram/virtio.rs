@@ -408,10 +408,16 @@ extern "C" fn queue_callback<D: Driver>(vq: *mut bindings::virtqueue) {
     }
 }
 
-/// Pages are with the device, and it would forget them: no sleep while it is bound.
+/// The system is suspended, or its memory is about to be written down. Pages stay with the device by
+/// name, as at any reset; before hibernation there are none.
 #[cfg(CONFIG_PM_SLEEP)]
-extern "C" fn freeze(_vdev: *mut bindings::virtio_device) -> i32 {
-    EBUSY.to_errno()
+extern "C" fn freeze<D: Driver>(vdev: *mut bindings::virtio_device) -> i32 {
+    reset_prepare::<D>(vdev)
+}
+
+#[cfg(CONFIG_PM_SLEEP)]
+extern "C" fn restore<D: Driver>(vdev: *mut bindings::virtio_device) -> i32 {
+    reset_done::<D>(vdev)
 }
 
 /// A registered driver. Dropping it removes its devices first.
@@ -470,7 +476,8 @@ impl<D: Driver> DriverRegistration<D> {
                     driver.reset_done = Some(reset_done::<D>);
                     #[cfg(CONFIG_PM_SLEEP)]
                     {
-                        driver.freeze = Some(freeze);
+                        driver.freeze = Some(freeze::<D>);
+                        driver.restore = Some(restore::<D>);
                     }
                 }),
                 _driver: PhantomData,

@@ -33,7 +33,8 @@ unsafe impl Sync for Workqueue {}
 impl Workqueue {
     /// Makes a workqueue.
     pub(crate) fn new(name: &'static CStr, kind: Kind) -> Result<Arc<Self>> {
-        let mut flags = bindings::wq_flags_WQ_UNBOUND;
+        // A device that sleeps is not to be touched.
+        let mut flags = bindings::wq_flags_WQ_UNBOUND | bindings::wq_flags_WQ_FREEZABLE;
         if matches!(kind, Kind::FreesMemory) {
             flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
         }

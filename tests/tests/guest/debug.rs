@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use cram_tests::guest::{Failed, Kernel, Stage};
 
-use crate::{balance, chaos, lifecycle, loss, stall, swap};
+use crate::{balance, chaos, lifecycle, loss, sleep, stall, swap};
 
 fn debug(name: &str, body: impl FnOnce(&Stage, Kernel) -> Result<()>) -> Result<(), Failed> {
     Stage::run(name, |stage| {
@@ -89,4 +89,9 @@ fn debug_freed_while_the_daemon_is_lost() -> Result<(), Failed> {
         "debug_freed_while_the_daemon_is_lost",
         stall::freed_while_lost,
     )
+}
+
+#[test]
+fn debug_asleep() -> Result<(), Failed> {
+    debug("debug_asleep", sleep::suspended_and_hibernated)
 }

@@ -15,6 +15,7 @@ mod debug;
 mod lifecycle;
 mod loss;
 mod scale;
+mod sleep;
 mod stall;
 mod swap;
 mod variants;

@@ -81,7 +81,7 @@ impl Extent {
         counted_rounds: 1,
         cycle_mib: 440,
         cycle_roomy_mib: 1024,
-        cycle_memory_mib: &[256, 320, 384],
+        cycle_memory_mib: &[192, 256, 320, 384],
         cycle_inside_mib: 384,
         cycle_limits_mib: &[400, 440, 480],
         cold_mib: 1024,
