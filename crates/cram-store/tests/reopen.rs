@@ -232,6 +232,58 @@ fn a_number_of_an_image_that_is_none_costs_its_page_and_no_more() {
     store.check().unwrap();
 }
 
+/// Where the live records of a kind are in an arena, by what their headers say.
+fn records_of(bytes: &[u8], kind: u64) -> Vec<usize> {
+    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    // Behind the superblock; the lengths of records of these kinds are not 0.
+    let is_one = |at: &usize| {
+        word(*at) >> 60 == 0b1010
+            && word(at + 8) >> 45 & 7 == kind
+            && word(at + 8) >> 32 & 0x1fff != 0
+    };
+    (4096..bytes.len() - 16)
+        .step_by(16)
+        .filter(is_one)
+        .collect()
+}
+
+/// An image that is damaged takes the pages with it that need it, be they all that their objects have.
+#[test]
+fn an_object_whose_last_page_dangles_is_gone() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("arena");
+    let store = open(&path);
+    let pool = pool_of(&store, 0, PoolKind::Persistent);
+    let mut scratch = Scratch::new();
+    let mut put = |pool: &Pool, object, content| {
+        let page = page_of(content, 5);
+        let put = pool.put(ObjectId([object; 3]), 0, &page, &mut scratch);
+        assert_eq!(put, PutResult::Stored);
+    };
+    for object in 0..3 {
+        put(&pool, object, Content::Text);
+    }
+    put(&pool, 3, Content::Packs(3));
+    assert_eq!(store.stats().pages_sharing, 3);
+    drop((pool, store));
+    let images = records_of(&std::fs::read(&path).unwrap(), 2);
+    assert_eq!(images.len(), 1);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xff; 16], images[0] as u64 + 40)
+        .unwrap();
+    // So that every page is verified.
+    rewrite(&path, BOOT_ID_AT, &[0x11; 16]);
+    let store = open(&path);
+    assert!(store.recovery().is_verified);
+    assert_eq!(store.stats().pages_stored, 1);
+    store.check().unwrap();
+    let pool = pool_of(&store, 0, PoolKind::Persistent);
+    for object in 0..3 {
+        put(&pool, object, Content::Text);
+    }
+    store.check().unwrap();
+}
+
 /// Changes what both copies of the superblock say, sums included.
 fn rewrite(path: &Path, at: usize, new: &[u8]) {
     let file = OpenOptions::new()

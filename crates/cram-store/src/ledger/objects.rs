@@ -406,7 +406,8 @@ impl Objects {
     }
 
     /// At recovery: `number` is another owner's for the object that `first` stands for, in the same
-    /// shard. False when it is another object's.
+    /// shard. False when it is another object's. Both must be wanted when [`Self::settle`] is called:
+    /// a free number must be in no object's list.
     pub(crate) fn join(&self, first: u32, number: u32) -> bool {
         let mut table = self.table.write();
         let (Some(one), Some(other)) = (table.entry(first).copied(), table.entry(number).copied())

@@ -275,6 +275,18 @@ impl Reader<'_> {
     /// Takes out what turned out to belong to nothing.
     fn settle(&self, objects: &Needed) {
         let core = self.core;
+        // First, since an object that loses its last page here gives its number back.
+        core.objects.settle(
+            &core.budget,
+            |number| objects.has(number),
+            // No loss: a number may outlive its last page.
+            |object, place| {
+                core.kill_copies([Some(place), None]);
+                if let Some(space) = core.space(object.space) {
+                    space.payer.release(space.object_copy_bytes(core));
+                }
+            },
+        );
         let domains: Vec<_> = core.domains.read().values().cloned().collect();
         let mut is_dangling = false;
         for domain in domains {
@@ -290,17 +302,6 @@ impl Reader<'_> {
                 .iter()
                 .for_each(|space| self.drop_dangling(space));
         }
-        core.objects.settle(
-            &core.budget,
-            |number| objects.has(number),
-            // No loss: a number may outlive its last page.
-            |object, place| {
-                core.kill_copies([Some(place), None]);
-                if let Some(space) = core.space(object.space) {
-                    space.payer.release(space.object_copy_bytes(core));
-                }
-            },
-        );
         core.sweep_accounts();
     }
 

@@ -176,11 +176,13 @@ impl Reader<'_> {
         let mut index = shard.lock();
         let purse = space.purse(core);
         let prepared = index.prepare(hash, key, &numbering, &purse)?;
-        let is_its_number = prepared.number == header.number
-            || space.is_shared() && core.objects.join(prepared.number, header.number);
         let old = prepared.old.and_then(|old| core.arena.header(old).ok());
         let is_better = old.is_none_or(|old| is_newer(header.generation, old.generation));
-        if !is_its_number || !is_better {
+        // Joined only for a page that comes in: else the number would be free, and in the list still.
+        let is_entered = is_better
+            && (prepared.number == header.number
+                || space.is_shared() && core.objects.join(prepared.number, header.number));
+        if !is_entered {
             index.cancel(prepared, &numbering, &purse);
             shard.publish(&index);
             return Ok(false);
