@@ -255,6 +255,10 @@ impl Crashing {
     /// Kills the process, as it were: hands the store that is opened then to `look`, with what
     /// `note` said at that moment. Between the two no other thread runs.
     fn crash<T>(&self, note: impl FnOnce() -> T, look: impl FnOnce(&Store, T)) {
+        // A thread is soon run for the first time, but the moment may be any.
+        for _ in 0..shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 0..200) {
+            thread::yield_now();
+        }
         let noted = note();
         let [from, to] = ["arena", "copy"].map(|name| self.folder.path().join(name));
         std::fs::copy(from, to).unwrap();
@@ -338,6 +342,67 @@ fn a_number_that_changes_hands_leads_to_nobody_elses_page() {
                         assert!(get_of(&a, object(29), 0) == right(29));
                         let other = get_of(&b, object(100), 0);
                         assert!(other == right(100) || done < 2 && other.is_none());
+                    },
+                );
+            }),
+        ]);
+    });
+}
+
+/// A page of a shared pool is overwritten by another client, and whoever opens the arena then gives the
+/// numbers to others that were left over: nobody's page goes with another's.
+#[test]
+fn a_shared_page_that_changes_owners_takes_no_others_along() {
+    with_crashes(2000, |crashing| {
+        let store = &crashing.store;
+        let [a, b] = ["a", "b"].map(|name| store.add_client(name, None).unwrap());
+        pool(&a, 0, PoolKind::Persistent);
+        let shared = PoolKind::SharedEphemeral { uuid: [1; 16] };
+        let [ours, theirs] = [&a, &b].map(|client| pool(client, 1, shared));
+        let put = |pool: &Pool, id: u64, number| {
+            let page = page_of(Content::Noise, number);
+            let put = pool.put(object(id), 0, &page, &mut Scratch::new());
+            assert_eq!(put, PutResult::Stored);
+        };
+        // Two spans of three pages each; the page that is overwritten is in the second, and the first
+        // is free again.
+        for id in 1..7 {
+            put(&ours, id, id);
+        }
+        for id in 1..4 {
+            assert_eq!(ours.flush_object(object(id)), 1);
+        }
+        let done = Arc::new(AtomicU32::new(0));
+        let (crashed, at) = (crashing.clone(), done.clone());
+        all(vec![
+            Box::new(move || {
+                for (version, pool) in (1..).zip([&theirs, &ours]) {
+                    put(pool, 4, 10 + u64::from(version));
+                    done.store(version, SeqCst);
+                }
+            }),
+            Box::new(move || {
+                crashed.crash(
+                    || at.load(SeqCst),
+                    |found, done| {
+                        let pool = |name, id| {
+                            let client = found.client(name).unwrap();
+                            client.pool(PoolId(id)).unwrap()
+                        };
+                        let (kept, theirs) = (pool("a", 0), pool("b", 1));
+                        let page = get_of(&theirs, object(4), 0).unwrap();
+                        let is_one = |number| page == page_of(Content::Noise, number);
+                        let numbers = &[4, 11, 12][done as usize..3.min(done as usize + 2)];
+                        assert!(numbers.iter().copied().any(is_one), "version {done}");
+                        for id in 100..110 {
+                            put_first(&kept, id);
+                        }
+                        assert_eq!(theirs.flush_object(object(4)), 1);
+                        found.check().unwrap();
+                        for id in 100..110 {
+                            let kept = get_of(&kept, object(id), 0);
+                            assert!(kept == Some(page_of(Content::Packs(9), id)), "{id}");
+                        }
                     },
                 );
             }),
