@@ -14,6 +14,7 @@
 
 mod pages;
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -24,6 +25,7 @@ use cram_store::{
     Store, StoreConfig, StoreError,
 };
 use pages::{Content, config_of, page_of};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
 const CAPACITY_BYTES: u64 = 24 << 20;
 
@@ -188,6 +190,51 @@ fn a_refused_open_writes_nothing() {
     let store = open(&path);
     assert_eq!(store.stats().pages_stored, count);
     assert_eq!(store.client("a").unwrap().pools().len(), 2);
+    store.check().unwrap();
+}
+
+/// Whatever it is that finds no room when an arena is opened: the open is refused, or all is there.
+#[test]
+fn nothing_is_left_out_to_make_it_fit() {
+    const CLIENTS: u64 = 60;
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("arena");
+    let store = try_open(&path, 4 << 20).unwrap();
+    for number in 0..CLIENTS {
+        let client = store.add_client(&number.to_string(), None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let pool = client.pool(PoolId(0)).unwrap();
+        assert!((0..4).all(|number| LONG.put(&pool, number, &mut Scratch::new())));
+    }
+    drop(store);
+    // A flipped bit in the header of an account's record is put right, but not before all fits.
+    let bytes = std::fs::read(&path).unwrap();
+    let flipped = records_of(&bytes, 4)[0];
+    let right = bytes[flipped];
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[right ^ 1], flipped as u64).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let mut refused = 0;
+    let store = (512 << 10..4 << 20).step_by(2 << 10).find_map(|capacity| {
+        let opened = try_open(&path, capacity);
+        let Err(error) = opened else {
+            return opened.ok();
+        };
+        assert!(matches!(error, StoreError::DoesNotFit { .. }), "{error}");
+        assert!(std::fs::read(&path).unwrap() == whole, "{capacity}");
+        refused += 1;
+        None
+    });
+    let store = store.unwrap();
+    assert!(refused > 0);
+    assert_eq!(store.clients().len() as u64, CLIENTS);
+    assert_eq!(store.stats().pages_stored, CLIENTS * 4);
+    assert_eq!(store.damage(), (0, 1));
+    assert_eq!(std::fs::read(&path).unwrap()[flipped], right);
     store.check().unwrap();
 }
 
@@ -362,6 +409,44 @@ fn after_the_machine_ended_only_what_was_closed_is_believed() {
     drop((pool, store));
     file.read_exact_at(&mut mark, CLEAN_AT as u64).unwrap();
     assert_eq!(mark, [1, 0, 0, 0]);
+}
+
+/// From now on the kernel does not write a file of this thread's to its disk: `msync` fails.
+fn lose_the_disk() {
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_msync, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EIO.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let program: BpfProgram = filter.unwrap().try_into().unwrap();
+    apply_filter(&program).unwrap();
+}
+
+/// What is believed after the machine ended hangs on a mark that is taken away before anything else
+/// is written.
+#[test]
+fn an_arena_whose_mark_cannot_be_taken_away_is_not_opened() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("arena");
+    let store = open(&path);
+    let pool = pool_of(&store, 0, PoolKind::Persistent);
+    assert!((0..10).all(|number| DENSE.put(&pool, number, &mut Scratch::new())));
+    drop((pool, store));
+    rewrite(&path, BOOT_ID_AT, &[0x11; 16]);
+    let whole = std::fs::read(&path).unwrap();
+    let opening = path.clone();
+    let opened = std::thread::spawn(move || {
+        lose_the_disk();
+        try_open(&opening, CAPACITY_BYTES).map(|_| ())
+    });
+    let error = opened.join().unwrap().unwrap_err().to_string();
+    let expected = format!("cannot write {}: Input/output error", path.display());
+    assert!(error.starts_with(&expected), "{error}");
+    assert!(std::fs::read(&path).unwrap() == whole);
+    let store = open(&path);
+    assert!(store.recovery().is_verified);
+    assert_eq!(store.stats().pages_stored, 10);
 }
 
 /// Spans that were made ready for puts, and never filled, are in the file too.

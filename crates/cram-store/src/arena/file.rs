@@ -22,6 +22,7 @@ use super::spans::Spans;
 use super::superblock::{SUPERBLOCK_BYTES, Superblock, Unreadable};
 use super::{Arena, Layout, Secret};
 use crate::machine::budget::Budget;
+use crate::machine::sync::Mutex;
 use crate::machine::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::spec::config::Backing;
 
@@ -108,6 +109,7 @@ impl Arena {
             Some(found) => (false, found),
             None => (true, candidate.new_superblock(layout)?),
         };
+        let before = (!is_new).then(|| superblock.clone());
         let layout = candidate.fit(&mut superblock, budget.capacity_bytes())?;
         let is_after_reboot = !is_new && superblock.boot_id != boot_id;
         let is_lost = is_after_reboot && !superblock.is_clean;
@@ -138,8 +140,13 @@ impl Arena {
             others,
             arena: Self {
                 superblock: superblock.clone(),
+                found: before,
                 is_committed: AtomicBool::new(false),
-                is_in_file: matches!(backing, Backing::File(_)),
+                flipped: Mutex::default(),
+                path: match backing {
+                    Backing::Memory => None,
+                    Backing::File(path) => Some(path.clone()),
+                },
                 layout,
                 salt,
                 secret: superblock.secret,
@@ -261,21 +268,33 @@ fn failure(what: &'static str, path: &Path, error: io::Error) -> ArenaError {
 }
 
 impl Arena {
-    /// What was found is going to be used. Until then, nothing has been written to the file.
-    pub(crate) fn commit(&self) {
+    /// What was found is going to be used. Until then, nothing has been written to the file; nor is
+    /// there when that fails.
+    pub(crate) fn commit(&self) -> Result<(), ArenaError> {
         let region = self.spans.region();
         self.superblock.write(region);
-        if self.is_in_file {
+        if let Some(path) = &self.path
             // Before anything else is written, and reaches the disk: the file is not closed any more.
-            let _ = region.sync(0, SUPERBLOCK_BYTES);
+            && let Err(error) = region.sync(0, SUPERBLOCK_BYTES)
+        {
+            if let Some(found) = &self.found {
+                found.write(region);
+            }
+            return Err(failure("cannot write", path, error));
         }
         self.is_committed.store(true, Relaxed);
+        let flipped = std::mem::take(&mut *self.flipped.lock());
+        for place in flipped {
+            // Corrects it.
+            let _ = self.header(place);
+        }
+        Ok(())
     }
 
     /// Has everything written to the disk, and then says so.
     fn close(&self) {
         let region = self.spans.region();
-        if !self.is_in_file || !self.is_committed.load(Relaxed) {
+        if self.path.is_none() || !self.is_committed.load(Relaxed) {
             return;
         }
         if region.sync(0, region.len_bytes()).is_err() {

@@ -47,11 +47,13 @@ pub use superblock::FORMAT_VERSION;
 pub(crate) use superblock::SUPERBLOCK_BYTES;
 pub(crate) use walk::{Found, Trust};
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64 as PlainAtomicU64, Ordering};
 
 use spans::Spans;
 
-use crate::machine::sync::atomic::{AtomicBool, AtomicU64};
+use crate::machine::sync::Mutex;
+use crate::machine::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use superblock::Superblock;
 
 /// Keys everything that a guest must not be able to foresee: hashes of pages, codes of headers.
@@ -173,9 +175,14 @@ fn salt_of(secret: u64, place: Place, sequence: u64) -> u16 {
 /// See the module's text.
 pub(crate) struct Arena {
     superblock: Superblock,
+    /// What the file said when it was opened, if it was an arena.
+    found: Option<Superblock>,
     /// Its contents were accepted, so that it may be written to.
     is_committed: AtomicBool,
-    is_in_file: bool,
+    /// Headers that are to be corrected once it is.
+    flipped: Mutex<Vec<Place>>,
+    /// The file, if it has a name.
+    path: Option<PathBuf>,
     layout: Layout,
     secret: Secret,
     salt: u64,
@@ -243,7 +250,7 @@ impl Arena {
     }
 
     /// The header of the record at `place`, which the caller's lock keeps alive (or a pin keeps in
-    /// its place). A flipped bit is corrected.
+    /// its place). A flipped bit is corrected, now or when the arena may be written to.
     pub(crate) fn header(&self, place: Place) -> Result<Header, Damaged> {
         let sequence = self.spans.sequence(self.layout.span_of(place));
         let Some(read) = self.read(place, sequence) else {
@@ -251,10 +258,14 @@ impl Arena {
             return Err(Damaged);
         };
         if let Some(corrected) = read.corrected {
-            self.corrected.fetch_add(1, Ordering::Relaxed);
-            let [first, second] = self.words(place);
-            second.store(corrected[1].to_le(), Ordering::Release);
-            first.store(corrected[0].to_le(), Ordering::Release);
+            if self.is_committed.load(Relaxed) {
+                self.corrected.fetch_add(1, Ordering::Relaxed);
+                let [first, second] = self.words(place);
+                second.store(corrected[1].to_le(), Ordering::Release);
+                first.store(corrected[0].to_le(), Ordering::Release);
+            } else {
+                self.flipped.lock().push(place);
+            }
         }
         Ok(read.header)
     }

@@ -133,7 +133,7 @@ impl Reader<'_> {
     pub(super) fn enter_accounts(
         &self,
         entries: &BTreeMap<EntryKey, Vec<Copy>>,
-    ) -> Vec<KnownClient> {
+    ) -> Result<Vec<KnownClient>, Shortage> {
         let core = self.core;
         let mut clients = Vec::new();
         for (key, copies) in entries.iter().filter(|(key, _)| key.0 == Kind::Account) {
@@ -146,20 +146,18 @@ impl Reader<'_> {
                         .iter()
                         .any(|(known, _): &(Arc<Account>, _)| known.name == record.name)
             };
-            let account = record.filter(is_new).and_then(|record| {
-                let number = u16::try_from(key.1).ok()?;
-                let bytes = Account::fixed_bytes(&record.name, core.stripes);
-                core.budget.reserve(bytes).ok()?;
-                let account = Account::new(number, record.holder, &record.name, None, core.stripes);
-                account.reserve_anyway(bytes);
-                let is_gone = record.holder == Holder::Gone;
-                account.is_closed.store(is_gone, Relaxed);
-                Some((Arc::new(account), record))
-            });
-            let Some((account, record)) = account else {
+            let number = u16::try_from(key.1).ok();
+            let Some((number, record)) = number.zip(record.filter(is_new)) else {
                 self.reject_all(copies);
                 continue;
             };
+            let bytes = Account::fixed_bytes(&record.name, core.stripes);
+            core.budget.reserve(bytes)?;
+            let account = Account::new(number, record.holder, &record.name, None, core.stripes);
+            account.reserve_anyway(bytes);
+            let is_gone = record.holder == Holder::Gone;
+            account.is_closed.store(is_gone, Relaxed);
+            let account = Arc::new(account);
             core.accounts.adopt(account.clone());
             self.adopt(*key, copies);
             match account.holder {
@@ -179,7 +177,7 @@ impl Reader<'_> {
                 pools: Vec::new(),
             }
         };
-        clients.into_iter().map(with_domain).collect()
+        Ok(clients.into_iter().map(with_domain).collect())
     }
 
     /// Pools and the spaces that they name.
@@ -187,35 +185,36 @@ impl Reader<'_> {
         &self,
         entries: &BTreeMap<EntryKey, Vec<Copy>>,
         mut clients: Vec<KnownClient>,
-    ) -> Vec<KnownClient> {
+    ) -> Result<Vec<KnownClient>, Shortage> {
         let core = self.core;
         for (key, copies) in entries.iter().filter(|(key, _)| key.0 == Kind::Pool) {
             let client = clients
                 .iter_mut()
                 .find(|client| u32::from(client.account.number) == key.1);
-            let entered = client.zip(copies.first()).and_then(|(client, copy)| {
+            let named = client.zip(copies.first()).and_then(|(client, copy)| {
                 let record = PoolRecord::from_bytes(&copy.payload)?;
-                // What was left of a reset.
-                if record.generation != client.identity.generation {
-                    return None;
-                }
-                let space = self.space_for(entries, client, record.space)?;
-                let kind = match space.keeping {
-                    Keeping::Persistent => PoolKind::Persistent,
-                    Keeping::Exclusive => PoolKind::PrivateEphemeral,
-                    Keeping::Shared => PoolKind::SharedEphemeral { uuid: space.uuid },
-                };
-                let spec = PoolSpec {
-                    kind,
-                    refuse_incompressible: record.refuse_incompressible,
-                };
-                client.pools.push((PoolId(key.2), spec, space));
-                Some(())
+                // Another generation's is what was left of a reset.
+                (record.generation == client.identity.generation).then_some((client, record))
             });
-            match entered {
-                Some(()) => self.adopt(*key, copies),
-                None => self.reject_all(copies),
-            }
+            let Some((client, record)) = named else {
+                self.reject_all(copies);
+                continue;
+            };
+            let Some(space) = self.space_for(entries, client, record.space)? else {
+                self.reject_all(copies);
+                continue;
+            };
+            let kind = match space.keeping {
+                Keeping::Persistent => PoolKind::Persistent,
+                Keeping::Exclusive => PoolKind::PrivateEphemeral,
+                Keeping::Shared => PoolKind::SharedEphemeral { uuid: space.uuid },
+            };
+            let spec = PoolSpec {
+                kind,
+                refuse_incompressible: record.refuse_incompressible,
+            };
+            client.pools.push((PoolId(key.2), spec, space));
+            self.adopt(*key, copies);
         }
         let spaces = entries.iter().filter(|(key, _)| key.0 == Kind::Space);
         for (key, copies) in spaces {
@@ -223,46 +222,60 @@ impl Reader<'_> {
                 self.reject_all(copies);
             }
         }
-        clients
+        Ok(clients)
     }
 
-    /// The space that a pool names: made from its record when the first pool does.
+    /// The space that a pool names: made from its record when the first pool does. `None` when there
+    /// is none that could be this client's.
     fn space_for(
         &self,
         entries: &BTreeMap<EntryKey, Vec<Copy>>,
         client: &KnownClient,
         number: u32,
-    ) -> Option<Arc<Space>> {
+    ) -> Result<Option<Arc<Space>>, Shortage> {
         let core = self.core;
         if let Some(space) = core.space(number) {
             // Only a shared one may be several pools'.
             let mut shared = core.shared.lock();
-            let entry = shared.get_mut(&space.uuid).filter(|_| space.is_shared())?;
-            entry.opened += 1;
-            return Some(space);
+            let entry = shared.get_mut(&space.uuid).filter(|_| space.is_shared());
+            return Ok(entry.map(|entry| {
+                entry.opened += 1;
+                space
+            }));
         }
-        let key = (Kind::Space, number, 0);
-        let copies = entries.get(&key).filter(|_| number < SPACES_MAX)?;
-        let record = SpaceRecord::from_bytes(&copies.first()?.payload)?;
-        let is_shared = record.keeping == Keeping::Shared;
-        let payer = core.accounts.get(record.account)?;
-        let is_right = if is_shared {
-            payer.holder == Holder::SharedPool && !core.shared.lock().contains_key(&record.uuid)
-        } else {
-            payer.number == client.account.number
+        let Some((copies, record, payer)) = self.space_record(entries, client, number) else {
+            return Ok(None);
         };
-        if !is_right {
-            return None;
-        }
+        let is_shared = record.keeping == Keeping::Shared;
         let domain = (!is_shared).then(|| client.domain.clone());
-        let space = Space::new(core, number, record.keeping, record.uuid, payer, domain).ok()?;
+        let space = Space::new(core, number, record.keeping, record.uuid, payer, domain)?;
         let space = Arc::new(space);
         core.adopt_space(space.clone());
         if is_shared {
             core.adopt_shared(space.clone());
         }
-        self.adopt(key, copies);
-        Some(space)
+        self.adopt((Kind::Space, number, 0), copies);
+        Ok(Some(space))
+    }
+
+    /// What is on record of a space, and who pays for it, if it may be this client's.
+    fn space_record<'a>(
+        &self,
+        entries: &'a BTreeMap<EntryKey, Vec<Copy>>,
+        client: &KnownClient,
+        number: u32,
+    ) -> Option<(&'a [Copy], SpaceRecord, Arc<Account>)> {
+        let core = self.core;
+        let key = (Kind::Space, number, 0);
+        let copies = entries.get(&key).filter(|_| number < SPACES_MAX)?;
+        let record = SpaceRecord::from_bytes(&copies.first()?.payload)?;
+        let payer = core.accounts.get(record.account)?;
+        let is_right = if record.keeping == Keeping::Shared {
+            payer.holder == Holder::SharedPool && !core.shared.lock().contains_key(&record.uuid)
+        } else {
+            payer.number == client.account.number
+        };
+        is_right.then_some((copies.as_slice(), record, payer))
     }
 
     /// Objects, from the spans of the catalogue. Returns room to note which of them are needed.

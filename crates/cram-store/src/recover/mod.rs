@@ -20,7 +20,9 @@ mod survey;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::arena::{Arena, Found as FoundRecord, Header, Kind, Place, Role, SpanHeader, Trust};
+use crate::arena::{
+    Arena, ArenaError, Found as FoundRecord, Header, Kind, Place, Role, SpanHeader, Trust,
+};
 use crate::engine::Core;
 use crate::ledger::account::Account;
 use crate::ledger::domain::Domain;
@@ -74,12 +76,12 @@ struct Copy {
 }
 
 /// Enters everything that is in the arena, which began to be opened at `began`, into an empty core.
-/// On a shortage the arena is as it was.
+/// When that is refused, the arena is as it was.
 pub(crate) fn recover(
     core: &Core,
     opened: &Found,
     began: Instant,
-) -> Result<(Recovery, Vec<KnownClient>), Shortage> {
+) -> Result<(Recovery, Vec<KnownClient>), Refused> {
     let reader = Reader {
         core,
         verifies_all: opened.is_after_reboot,
@@ -99,14 +101,14 @@ pub(crate) fn recover(
     let evictable = has_role(|role| matches!(role, Role::Fresh(_) | Role::Proven(_)));
 
     let entries = reader.read_catalogue(&catalogue);
-    let known = reader.enter_accounts(&entries);
-    let clients = reader.enter_pools(&entries, known);
+    let known = reader.enter_accounts(&entries)?;
+    let clients = reader.enter_pools(&entries, known)?;
     drop(entries);
     let objects = reader.enter_objects(&catalogue)?;
     reader.make_tables(&mut survey, &objects)?;
 
     // All that must be there fits. From here on the arena is written to.
-    core.arena.commit();
+    core.arena.commit()?;
     let kept: Vec<_> = survey.kept.iter().map(|(header, _)| *header).collect();
     let others: Vec<_> = survey.dead.iter().chain(&opened.others).copied().collect();
     core.arena.spans().adopt(&kept, &others);
@@ -125,6 +127,26 @@ pub(crate) fn recover(
         took: began.elapsed(),
     };
     Ok((recovery, clients))
+}
+
+/// Why an arena is not opened after all.
+pub(crate) enum Refused {
+    /// What is in it does not fit.
+    TooLarge,
+    /// It cannot be written to.
+    Arena(ArenaError),
+}
+
+impl From<Shortage> for Refused {
+    fn from(_: Shortage) -> Self {
+        Self::TooLarge
+    }
+}
+
+impl From<ArenaError> for Refused {
+    fn from(error: ArenaError) -> Self {
+        Self::Arena(error)
+    }
 }
 
 /// What is known of an arena that is opened.

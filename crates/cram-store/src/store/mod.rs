@@ -21,7 +21,7 @@ use crate::ledger::stats::StoreStats;
 use crate::machine::budget::Budget;
 use crate::machine::sync::RwLock;
 use crate::maintain::Keeper;
-use crate::recover::{Found, Recovery, recover};
+use crate::recover::{Found, Recovery, Refused, recover};
 use crate::spec::NAME_BYTES_MAX;
 use crate::spec::config::StoreConfig;
 use crate::spec::settings::Identity;
@@ -101,7 +101,10 @@ impl Store {
             return Err(does_not_fit());
         };
         let recovered = recover(&core, &found, began);
-        let (recovery, accounts) = recovered.map_err(|_| does_not_fit())?;
+        let (recovery, accounts) = recovered.map_err(|why| match why {
+            Refused::TooLarge => does_not_fit(),
+            Refused::Arena(error) => error.into(),
+        })?;
         let core = Arc::new(core);
         let clients = accounts
             .into_iter()
