@@ -181,3 +181,40 @@ fn a_reset_client_has_nothing_and_another_generation() {
     assert_eq!(store.client("b").unwrap().stats().pages_stored, 100);
     store.check().unwrap();
 }
+
+/// The number under which a client was on record may be another's once it was removed.
+#[test]
+fn a_handle_on_a_client_that_is_gone_changes_nobodys_record() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("arena");
+    let store = open(&path);
+    let gone = store.add_client("a", None).unwrap();
+    assert!(store.remove_client("a"));
+    let client = store.add_client("b", None).unwrap();
+    let pages = pool(&client, 0, PoolKind::Persistent);
+    assert_eq!(put(&pages, 1), PutResult::Stored);
+    let generation = client.generation();
+    gone.set_quota(Some(1));
+    gone.authorise(UUID);
+    gone.revoke(&UUID);
+    let is_refused = |done: Result<(), StoreError>| {
+        let error = done.unwrap_err();
+        assert!(
+            matches!(&error, StoreError::ClientGone { name } if name == "a"),
+            "{error}"
+        );
+    };
+    is_refused(gone.set_settings(&gone.settings()));
+    is_refused(gone.set_instance([1; 16]));
+    is_refused(gone.reset().map(|_| ()));
+    store.check().unwrap();
+    drop((pages, client, gone, store));
+    let store = open(&path);
+    assert!(store.client("a").is_none());
+    let client = store.client("b").unwrap();
+    assert_eq!(
+        (client.generation(), client.quota_bytes()),
+        (generation, None)
+    );
+    assert_eq!(client.stats().pages_stored, 1);
+}

@@ -41,7 +41,7 @@ pub(crate) struct Compactor {
 
 /// See the module's text.
 ///
-/// Lock order, outermost first: the store's clients, a client's pools, what is kept of it, `shared`,
+/// Lock order, outermost first: the store's clients, a client's changes, its pools, what is kept of it, `shared`,
 /// `making`, the compactor, a
 /// space's shard, a domain's images, `objects`, `catalogue`, a head, a queue's order, the arena's
 /// list of free spans. `accounts`, `spaces` and `domains` are locked for a look only, inside any of

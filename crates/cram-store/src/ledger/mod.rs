@@ -334,7 +334,8 @@ impl Ledger {
     /// Forgets removed clients whose last page in a shared pool is gone.
     pub(crate) fn sweep_accounts(&self) {
         for account in self.accounts.all() {
-            if account.is_closed.load(Relaxed) && account.tally.pages() == 0 {
+            // Of several that sweep, one.
+            if account.tally.pages() == 0 && account.is_closed.swap(false, Relaxed) {
                 self.remove_account(&account);
             }
         }

@@ -42,6 +42,9 @@ pub struct Client {
     domain: Arc<Domain>,
     max_pools: u32,
     durable: Mutex<Durable>,
+    /// Held while pools are made or end, alone when all of them end at once. What is found under
+    /// `pools` is there meanwhile for whoever asks.
+    changing: RwLock<()>,
     pools: RwLock<Pools>,
 }
 
@@ -69,7 +72,9 @@ impl Client {
             durable: Mutex::new(Durable {
                 authorised: BTreeSet::new(),
                 identity,
+                is_gone: false,
             }),
+            changing: RwLock::default(),
             pools: RwLock::default(),
         }
     }
@@ -179,10 +184,11 @@ impl Client {
 
     /// Withdraws what [`Self::authorise`] allowed: the client loses the pool, too, if it has it.
     pub fn revoke(&self, uuid: &[u8; 16]) {
-        let mut pools = self.pools.write();
+        let _changing = self.changing.read();
         let _ = self.change(|durable| _ = durable.authorised.remove(uuid));
         let is_it = |_: &PoolId, pool: &mut Arc<Pool>| pool.spec().kind.uuid() == Some(*uuid);
-        for (id, pool) in pools.by_id.extract_if(is_it) {
+        let lost: Vec<_> = self.pools.write().by_id.extract_if(is_it).collect();
+        for (id, pool) in lost {
             self.core.erase_entry(&self.pool_key(id));
             self.leave(&pool);
         }
@@ -194,6 +200,7 @@ impl Client {
     /// # Errors
     /// See [`PoolError`]. Nothing was changed then.
     pub fn new_pool(&self, id: PoolId, spec: PoolSpec) -> Result<u64, PoolError> {
+        let _changing = self.changing.read();
         let mut pools = self.pools.write();
         if pools.is_closed {
             return Err(PoolError::Denied);
@@ -279,6 +286,8 @@ impl Client {
     /// # Errors
     /// When no pool has this id.
     pub fn destroy_pool(&self, id: PoolId) -> Result<u64, NoPool> {
+        // The account, whose number is in the key below, is not another's before this is done.
+        let _changing = self.changing.read();
         let pool = self.pools.write().by_id.remove(&id).ok_or(NoPool)?;
         // From here on a store that is opened again does not know it.
         self.core.erase_entry(&self.pool_key(id));
@@ -367,6 +376,7 @@ impl Client {
 
     /// Destroys all pools, and lets none be made any more.
     pub(crate) fn close(&self) {
+        let _changing = self.changing.write();
         let pools = {
             let mut pools = self.pools.write();
             pools.is_closed = true;
@@ -382,6 +392,8 @@ impl Client {
             let freed = self.domain.images.lock().free_if_empty();
             self.core.budget.release(freed);
         }
+        // Whoever has a handle still writes no record any more: the number may soon be another's.
+        self.durable.lock().is_gone = true;
         // Pages of it may be left in shared pools: they stay, and with them the account.
         let gone = AccountRecord::plain(Holder::Gone, None, &account.name);
         if account.tally.pages() > 0 {

@@ -78,6 +78,12 @@ pub enum StoreError {
         /// The name in question.
         name: String,
     },
+    /// The client was removed from the store; this is a handle on what it was.
+    #[error("the client {name:?} was removed")]
+    ClientGone {
+        /// The name that it had.
+        name: String,
+    },
     /// The name is empty or too long.
     #[error("a name of {bytes} bytes is not possible: use 1 to {NAME_BYTES_MAX}")]
     BadName {

@@ -15,6 +15,8 @@ use crate::store::error::StoreError;
 pub(super) struct Durable {
     pub(super) authorised: std::collections::BTreeSet<[u8; 16]>,
     pub(super) identity: Identity,
+    /// The client was removed from the store.
+    pub(super) is_gone: bool,
 }
 
 impl Client {
@@ -38,6 +40,7 @@ impl Client {
     /// # Errors
     /// [`StoreError::TooManyAuthorised`]: nothing was changed. [`StoreError::NoRoom`]: they are in
     /// force, but the arena has no room to keep them: a store that is opened again has the old ones.
+    /// [`StoreError::ClientGone`]: the client was removed.
     pub fn set_settings(&self, settings: &ClientSettings) -> Result<(), StoreError> {
         if !settings.is_bounded() {
             return Err(StoreError::TooManyAuthorised);
@@ -68,7 +71,7 @@ impl Client {
     /// Keeps 16 bytes that say nothing to the store, in the arena.
     ///
     /// # Errors
-    /// [`StoreError::NoRoom`]: nothing was changed.
+    /// [`StoreError::NoRoom`]: nothing was changed. [`StoreError::ClientGone`]: the client was removed.
     pub fn set_instance(&self, instance: [u8; 16]) -> Result<(), StoreError> {
         let mut durable = self.durable.lock();
         let identity = Identity {
@@ -84,14 +87,16 @@ impl Client {
     /// draws a new generation, which is returned. Settings and instance stay.
     ///
     /// Both happen at one moment: a process that is killed meanwhile leaves an arena with the old
-    /// generation and all pages, or with the new one and none. Takes time in proportion to the pages
-    /// that are dropped, and stops nobody else meanwhile. Handles on the pools refuse puts and find
-    /// nothing from then on.
+    /// generation and all pages, or with the new one and none, but for pages in shared pools that
+    /// others have open: those are then left to eviction. Takes time in proportion to the pages that
+    /// are dropped; only who makes or destroys a pool of the same client waits meanwhile. Handles on
+    /// the pools refuse puts and find nothing from then on.
     ///
     /// # Errors
-    /// [`StoreError::NoRoom`]: nothing was changed.
+    /// [`StoreError::NoRoom`]: nothing was changed. [`StoreError::ClientGone`]: the client was removed.
     pub fn reset(&self) -> Result<u64, StoreError> {
-        let mut pools = self.pools.write();
+        // No pool is made before the pages are gone, so none of them is of the new generation.
+        let _changing = self.changing.write();
         let generation = self.core.draw_generation();
         {
             let mut durable = self.durable.lock();
@@ -103,13 +108,27 @@ impl Client {
             self.record(&durable, identity)?;
             durable.identity = identity;
         }
-        for (id, pool) in pools.by_id.drain() {
-            self.core.erase_entry(&self.pool_key(id));
-            self.leave(&pool);
+        let gone = std::mem::take(&mut self.pools.write().by_id);
+        for (id, pool) in &gone {
+            self.core.erase_entry(&self.pool_key(*id));
+            pool.leave();
         }
-        // With the pools locked, so that none of these pages is of the new generation.
-        self.core.evict(Whose::Client(&self.account, u64::MAX));
+        for pool in gone.values() {
+            self.leave(pool);
+        }
+        self.evict_from_shared();
         Ok(generation)
+    }
+
+    /// Evicts what the client has put into shared pools. It has none open.
+    fn evict_from_shared(&self) {
+        /// One pass misses a page that is moved meanwhile. (A page whose header is damaged stays.)
+        const PASSES_IN_VAIN: u32 = 3;
+        let mut in_vain = 0;
+        while self.account.tally.pages() > 0 && in_vain < PASSES_IN_VAIN {
+            let evicted = self.core.evict(Whose::Client(&self.account, u64::MAX));
+            in_vain = if evicted == 0 { in_vain + 1 } else { 0 };
+        }
     }
 
     /// Changes what is kept, and keeps it. On an error it is changed all the same.
@@ -121,6 +140,10 @@ impl Client {
 
     /// Writes the client's record.
     fn record(&self, durable: &Durable, identity: Identity) -> Result<(), StoreError> {
+        if durable.is_gone {
+            let name = self.name().to_owned();
+            return Err(StoreError::ClientGone { name });
+        }
         let domain = &self.domain.account;
         let record = AccountRecord {
             holder: Holder::Client,
