@@ -124,10 +124,6 @@ impl<'a> PageSlot<'a> {
             header,
         })
     }
-
-    pub(crate) fn place(&self) -> Place {
-        self.place
-    }
 }
 
 impl Slot for PageSlot<'_> {
@@ -150,6 +146,7 @@ impl Slot for PageSlot<'_> {
             owner.reserve_anyway(space.bill_bytes(core, new.len));
         });
         space.page_in(core, new);
+        note_shrunk(core, &self.header, new);
     }
 }
 
@@ -192,6 +189,7 @@ impl Slot for ImageSlot<'_> {
         account.release(core.record_bytes(self.header.len));
         account.reserve_anyway(core.record_bytes(new.len));
         core.count_image(self.domain, new, true);
+        note_shrunk(core, &self.header, new);
     }
 }
 
@@ -212,6 +210,13 @@ impl Slot for CopySlot<'_> {
 
     fn recount(&mut self, _core: &Ledger, _new: &Header, _to: Place) {
         // As long as the one before.
+    }
+}
+
+/// What was in vain for want of room need not be any more.
+fn note_shrunk(core: &Ledger, old: &Header, new: &Header) {
+    if new.len < old.len {
+        core.note_freed();
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::arena::{Header, Kind, Pin, Place, Record, Role, Urgency};
+use crate::arena::{Header, Kind, Pin, Place, Record, Urgency};
 use crate::codec::Scratch;
 use crate::engine::Core;
 use crate::engine::relocate::PageSlot;
@@ -14,7 +14,6 @@ use crate::ledger::domain::Domain;
 use crate::ledger::replace::How;
 use crate::ledger::sums::Content;
 use crate::log::Target;
-use crate::log::queue::{Class, Visit};
 use crate::machine::sync::atomic::AtomicBool;
 use crate::space::index::Key;
 use crate::space::{Incoming, Space};
@@ -157,7 +156,7 @@ impl Core {
             generation: header.generation.wrapping_add(1) & 3,
             ..*header
         };
-        let made = self.replace_with_alias(&mut slot, space, alias, number, putting.worker);
+        let made = self.replace_with_alias(&mut slot, alias, number, putting.worker);
         if made.is_none() {
             drop(index);
             // Both references: neither page needs it.
@@ -225,7 +224,6 @@ impl Core {
     fn replace_with_alias(
         &self,
         slot: &mut PageSlot<'_>,
-        space: &Space,
         header: Header,
         image: u32,
         worker: usize,
@@ -234,29 +232,9 @@ impl Core {
             header,
             payload: &alias_payload(image),
         };
-        let target = self.target_beside(space, slot.place(), worker)?;
+        // A persistent page's record is in a span of pages, and so is what takes its place.
+        let target = Target::Log(self.put_head(worker));
         self.replace_record(slot, record, How::put(target)).ok()
-    }
-
-    /// Where what takes the place of a record goes.
-    fn target_beside<'a>(
-        &'a self,
-        space: &'a Space,
-        from: Place,
-        worker: usize,
-    ) -> Option<Target<'a>> {
-        let span = self.arena.layout().span_of(from);
-        let info = self.arena.spans().info(span)?;
-        let class = match info.role {
-            Role::Fresh(_) => Class::Fresh,
-            Role::Proven(_) => Class::Proven,
-            Role::Pages | Role::Catalogue => return Some(Target::Log(self.put_head(worker))),
-        };
-        let visit = Visit {
-            span,
-            sequence: info.sequence,
-        };
-        Some(Target::Beside(&space.payer.queue, class, visit))
     }
 
     /// Enters a page that comes in as an alias. A reference on the image was taken for it.

@@ -463,7 +463,8 @@ impl Model {
         let held = self.store().stats();
         assert_eq!((held.pages_stored, held.compr_data_size), (0, 0));
         // A sharing group outlives its clients: the two copies of its record are in spans of their own,
-        // of 16 KiB each here, and a third may be open. The rest is tables of fixed size.
+        // of 16 KiB each here, and the reserve stays as long as anything is stored. The rest is tables
+        // of fixed size.
         assert!(
             held.mem_used_total < (3 * 16 + 16) << 10,
             "an empty store holds {}",
