@@ -498,3 +498,82 @@ fn a_reset_is_one_moment() {
         ]);
     });
 }
+
+/// While a client's pages are dropped, whoever asks for its pools or figures has an answer.
+#[test]
+fn nobody_waits_for_a_reset() {
+    static ANSWERED: AtomicU32 = AtomicU32::new(0);
+    const PAGES: u64 = 12;
+    under_schedules(400, |store| {
+        let client = store.add_client("a", None).unwrap();
+        let pages = pool(&client, 0, PoolKind::Persistent);
+        for index in 0..PAGES as u32 {
+            let put = put(&pages, index * 64, Content::Packs(9), 1);
+            assert_eq!(put, PutResult::Stored);
+        }
+        let (asked, asking) = (store.clone(), client.clone());
+        all(vec![
+            Box::new(move || _ = client.reset().unwrap()),
+            Box::new(move || {
+                let is_halfway = || (1..PAGES).contains(&asked.stats().pages_stored);
+                for _ in 0..20 {
+                    let was_halfway = is_halfway();
+                    assert!(asking.pools().len() <= 1);
+                    assert_eq!(asking.stats().mem_limit, 0);
+                    if was_halfway && is_halfway() {
+                        ANSWERED.fetch_add(1, SeqCst);
+                    }
+                }
+            }),
+        ]);
+    });
+    assert!(ANSWERED.load(SeqCst) > 0, "everybody waited");
+}
+
+/// A client is removed while a pool of it is destroyed, and another gets its account's number: what
+/// is done at the end to the one's pool is not done to the other's.
+#[test]
+fn a_pool_that_ends_is_no_other_clients() {
+    with_crashes(400, |crashing| {
+        let store = &crashing.store;
+        let client = store.add_client("a", None).unwrap();
+        let pages = pool(&client, 0, PoolKind::Persistent);
+        assert_eq!(put(&pages, 0, Content::Packs(9), 1), PutResult::Stored);
+        let clients = store.clone();
+        all(vec![
+            Box::new(move || _ = client.destroy_pool(PoolId(0))),
+            Box::new(move || {
+                assert!(clients.remove_client("a"));
+                let other = clients.add_client("b", None).unwrap();
+                let pages = pool(&other, 0, PoolKind::Persistent);
+                assert_eq!(put(&pages, 0, Content::Packs(9), 2), PutResult::Stored);
+            }),
+        ]);
+        crashing.crash(
+            || (),
+            |found, ()| {
+                let pages = found.client("b").unwrap().pool(PoolId(0)).unwrap();
+                let page = get_of(&pages, OBJECT, 0);
+                assert!(page == Some(page_of(Content::Packs(9), 2)));
+            },
+        );
+    });
+}
+
+/// The account of a client that is gone is forgotten once, whoever notices that its last page is.
+#[test]
+fn an_account_is_forgotten_once() {
+    under_schedules(2000, |store| {
+        let [a, b] = ["a", "b"].map(|name| store.add_client(name, None).unwrap());
+        let shared = PoolKind::SharedEphemeral { uuid: [1; 16] };
+        let [ours, theirs] = [&a, &b].map(|client| pool(client, 0, shared));
+        assert_eq!(put(&ours, 0, Content::Packs(9), 1), PutResult::Stored);
+        store.remove_client("a");
+        assert_eq!(theirs.flush_page(OBJECT, 0, 1), 1);
+        let adder = store.clone();
+        all(vec![
+            Box::new(move || _ = adder.add_client("c", None).unwrap()),
+            Box::new(move || _ = b.destroy_pool(PoolId(0)).unwrap()),
+        ]);
+    });
+}

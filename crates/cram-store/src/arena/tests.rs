@@ -36,7 +36,7 @@ fn arena() -> Arena {
         },
         found: None,
         is_committed: AtomicBool::new(true),
-        flipped: crate::sync::Mutex::default(),
+        flipped: crate::machine::sync::Mutex::default(),
         path: None,
         layout,
         secret: Secret::new([7; Secret::BYTES]),

@@ -189,3 +189,51 @@ impl Core {
         }
     }
 }
+
+#[cfg(all(test, not(loom), not(shuttle)))]
+mod tests {
+    use std::time::Duration;
+
+    use crate::{
+        ObjectId, PAGE_SIZE, PoolId, PoolKind, PoolSpec, PutResult, Scratch, Store, StoreConfig,
+    };
+
+    /// After a put in vain no other looks for room until something is freed; smaller records do.
+    #[test]
+    fn what_is_packed_smaller_is_room_for_a_put() {
+        let store = Store::new(StoreConfig {
+            capacity_bytes: 2 << 20,
+            background: None,
+            ..StoreConfig::default()
+        })
+        .unwrap();
+        let client = store.add_client("a", None).unwrap();
+        let spec = PoolSpec {
+            kind: PoolKind::Persistent,
+            refuse_incompressible: false,
+        };
+        client.new_pool(PoolId(0), spec).unwrap();
+        let (pool, mut scratch) = (client.pool(PoolId(0)).unwrap(), Scratch::new());
+        // Every other page is noise, which is only moved; the others are of letters, whose
+        // frequencies are all that there is to be used, and which lz4 does not see.
+        let mut put = |index: u32| {
+            let mut page = [0; PAGE_SIZE];
+            for (at, byte) in (0_u64..).zip(&mut page) {
+                let noise = crate::arena::mix(u64::from(index) << 32 | at).to_le_bytes();
+                *byte = match (index % 2, noise[0] % 4) {
+                    (0, _) => noise[0],
+                    (_, 0) => b'a' + noise[1] % 16,
+                    _ if at % 3 == 0 => b'a',
+                    _ => b' ',
+                };
+            }
+            pool.put(ObjectId([0; 3]), index, &page, &mut scratch)
+        };
+        let refused = (0..).find(|index| put(*index) != PutResult::Stored);
+        assert!(refused.is_some() && store.core.is_futile());
+        store.recompress(Duration::ZERO);
+        assert!(store.stats().recompressed_pages > 0);
+        assert!(!store.core.is_futile());
+        store.check().unwrap();
+    }
+}
