@@ -59,6 +59,11 @@ pub const AIMS: &[Aim] = &[
         Some(Target::AtMost(0.70)),
     ),
     aim(
+        "squeeze_host_after_vs_before_recompressed",
+        "… once what is cold was recompressed",
+        Some(Target::AtMost(0.70)),
+    ),
+    aim(
         "unsqueeze",
         "… 99th percentile of a touch once all was given back / without a squeeze",
         Some(Target::AtMost(1.0)),

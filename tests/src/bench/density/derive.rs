@@ -188,12 +188,16 @@ fn squeeze(figures: &mut Figures) {
     };
     let get = |what: &str| figures.get(&format!("{point}_{what}"));
     let (seconds, before, after) = (get("squeeze_half_s"), get("before_mib"), get("steady_mib"));
+    let recompressed = get("recompressed_mib");
     let touches = get("unsqueeze_touch_p99_ratio");
     if let Some(seconds) = seconds {
         figures.set("squeeze_half_s", seconds);
     }
     if let Some((before, after)) = before.zip(after) {
         figures.set("squeeze_host_after_vs_before", after / before);
+    }
+    if let Some((before, after)) = before.zip(recompressed) {
+        figures.set("squeeze_host_after_vs_before_recompressed", after / before);
     }
     if let Some(touches) = touches {
         figures.set("unsqueeze", touches);

@@ -195,10 +195,7 @@ impl<'a> Course<'a> {
             self.set("pool_vs_needed", ratio);
         }
         self.note_pool()?;
-        if let Some(control) = self.rig.control() {
-            let cold = json!({ "cold_after_s": COLD_AFTER_S });
-            let repacked = control.call_within(REPACK_LIMIT, "store.recompress", cold);
-            repacked.context("recompression")?;
+        if self.recompress()? {
             let shorter = Work {
                 seconds: self.extent.hot_s / 2.0,
                 seed: 2,
@@ -290,6 +287,9 @@ impl<'a> Course<'a> {
         self.set("squeeze_half_s", seconds);
         self.set("squeeze_done", number(done) / number(goal));
         self.settle_as("steady")?;
+        if self.recompress()? {
+            self.settle_as("recompressed")?;
+        }
         let (done, _) = self.pass("random")?;
         let mut times = Times::default();
         times.add(&done);
@@ -378,6 +378,17 @@ impl<'a> Course<'a> {
             }
             std::thread::sleep(LOOK);
         }
+    }
+
+    /// Packs what is cold once more. False when there is no device.
+    fn recompress(&self) -> Result<bool, Stop> {
+        let Some(control) = self.rig.control() else {
+            return Ok(false);
+        };
+        let cold = json!({ "cold_after_s": COLD_AFTER_S });
+        let repacked = control.call_within(REPACK_LIMIT, "store.recompress", cold);
+        repacked.context("recompression")?;
+        Ok(true)
     }
 
     /// Lets the bytes come to rest.
