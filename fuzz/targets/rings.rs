@@ -91,6 +91,7 @@ impl Host {
             workers: None,
             pin: Vec::new(),
             policy: vhost_device_cram::balance::Policy::default(),
+            first_touch_bytes: 16 << 20,
         };
         let guest = Guest::new(
             "guest".into(),

@@ -53,6 +53,7 @@ impl Host {
             workers: Some(1),
             pin: Vec::new(),
             policy: vhost_device_cram::balance::Policy::default(),
+            first_touch_bytes: 16 << 20,
         };
         let announcer = Arc::new(Announcer::default());
         let (name, socket) = ("guest".into(), "/".into());

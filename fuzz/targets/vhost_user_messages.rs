@@ -58,6 +58,7 @@ impl Host {
                 workers: None,
                 pin: Vec::new(),
                 policy: vhost_device_cram::balance::Policy::default(),
+                first_touch_bytes: 16 << 20,
             },
         };
         let daemon = Daemon::start(&options).unwrap();

@@ -63,6 +63,23 @@ impl Batch<'_> {
         self.0.may_wait
     }
 
+    /// Writes to each page, so that it is this guest's virtual machine to which the host charges the
+    /// memory, and not the device, whose part in it is limited (docs/protocol.md, section 6.1). To be
+    /// called for batches that are loaded: what is in their pages is about to be replaced.
+    pub(crate) fn touch(&self) {
+        for segment in self.segments() {
+            for nr in 0..segment.pages {
+                // SAFETY: The pages of a segment are neighbours, and the batch's until its token is
+                // done.
+                let address = unsafe { bindings::kmap_local_page(segment.page.add(nr)) };
+                // SAFETY: A mapped page is that long, and nobody reads it before it was loaded.
+                unsafe { address.cast::<u64>().write_volatile(0) };
+                // SAFETY: It was mapped above, and is the last that was.
+                unsafe { bindings::kunmap_local(address) };
+            }
+        }
+    }
+
     /// The segments, at most [`BATCH_SEGMENTS`].
     pub(crate) fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
         let nr = self.0.nr_segments as usize;

@@ -115,6 +115,12 @@ pub struct Arguments {
           value_parser = clap::value_parser!(u32).range(1..=i64::from(POOLS_MAX)))]
     pub max_pools: u32,
 
+    /// Memory of each guest that the daemon may be the first to touch, so that it is charged to the
+    /// daemon's control group; a guest beyond it is disconnected. Drivers that follow the protocol touch
+    /// their memory themselves
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = size::parse)]
+    pub first_touch_limit: u64,
+
     /// Microseconds that a worker watches its queues before it sleeps, at the most; how long it does
     /// adapts to the guest, and an idle one costs nothing. 0: never
     #[arg(long, value_name = "N", default_value_t = 50,
@@ -309,6 +315,7 @@ impl Arguments {
                     copies: self.copies,
                     auto_squeeze: self.auto_squeeze,
                 },
+                first_touch_bytes: self.first_touch_limit,
             },
         })
     }

@@ -19,6 +19,7 @@ use crate::announce::{Announcer, is_worth_announcing};
 use crate::balance::{Balance, Fullness, Policy};
 use crate::device::Device;
 use crate::events::Mailbox;
+use crate::first_touch::Allowance;
 
 /// What every guest is offered.
 #[derive(Clone, Debug)]
@@ -37,6 +38,8 @@ pub struct Offer {
     pub pin: Vec<u32>,
     /// What is wanted of each guest, until the operator says otherwise.
     pub policy: Policy,
+    /// Bytes of each guest's memory that the daemon may be the first to touch.
+    pub first_touch_bytes: u64,
 }
 
 impl Offer {
@@ -110,6 +113,8 @@ pub struct Guest {
     pub announcer: Arc<Announcer>,
     /// What it did.
     pub counters: Counters,
+    /// How much of its memory the daemon touched first, and may.
+    pub first_touch: Arc<Allowance>,
     announced: Mutex<Announced>,
     /// None when nobody is connected; a connection that is just ending is still there.
     connection: Mutex<Option<Weak<Device>>>,
@@ -146,6 +151,7 @@ impl Guest {
             store,
             account,
             balance: Balance::new(offer.policy),
+            first_touch: Arc::new(Allowance::new(offer.first_touch_bytes)),
             offer,
             mailbox: Mailbox::default(),
             announcer,
@@ -197,7 +203,9 @@ impl Guest {
         if away_since.is_none() && !force {
             return Ok(None);
         }
-        self.drop_pages("the operator said so").map(Some)
+        let pages = self.drop_pages("the operator said so")?;
+        self.first_touch.clear();
+        Ok(Some(pages))
     }
 
     /// Drops them when nobody was connected for `limit`.

@@ -31,9 +31,11 @@ use zerocopy::IntoBytes;
 use crate::backend::Unsettled;
 use crate::client::{Counters, Guest, Instance};
 use crate::execute::{Target, Workspace, execute};
+use crate::first_touch::Allowance;
 use crate::patience::Patience;
 use crate::request::Terms;
 use crate::ring::{Fault, Ring, Serving};
+use crate::sigbus::Loss;
 use crate::vhost::memory::Memory;
 use crate::vhost::notifier::{Notifier, NotifierError};
 use crate::worker::Wakers;
@@ -152,6 +154,11 @@ impl Device {
     /// Whose connection it is.
     pub(crate) fn guest(&self) -> &Arc<Guest> {
         &self.guest
+    }
+
+    /// How much of the guest's memory the daemon touches first.
+    pub(crate) fn first_touch(&self) -> Arc<Allowance> {
+        Arc::clone(&self.guest.first_touch)
     }
 
     /// The queues of worker `number`.
@@ -356,8 +363,11 @@ impl Device {
         Counters::add(&self.guest.counters.queues_stopped, 1);
         let name = &self.guest.name;
         log::warn!("{name}: queue {queue} stopped until it is reset: {fault}");
-        if fault == Fault::MemoryGone {
-            self.fail("part of the guest's memory is gone");
+        if let Fault::Lost(loss) = fault {
+            self.fail(match loss {
+                Loss::Gone => "part of the guest's memory is gone",
+                Loss::Overdrawn => "the guest is beyond --first-touch-limit",
+            });
         }
         if let Some(error) = error {
             error.notify();
@@ -656,6 +666,7 @@ pub(crate) mod tests {
             workers: Some(1),
             pin: Vec::new(),
             policy: crate::balance::Policy::default(),
+            first_touch_bytes: 0,
         };
         let announcer = Arc::new(Announcer::default());
         let (name, socket) = ("guest".into(), "/".into());

@@ -16,10 +16,12 @@
 //!   copied and checked; nothing in it may panic, whatever the bytes are.
 //! - [`execute`] turns a checked request into calls of the store, and the store's answers into
 //!   a response. It knows no descriptor.
-//! - [`ring`] takes chains from a ring (a vring of `vhost-user-backend`) and completes them; a ring that cannot be trusted any
-//!   more is stopped alone.
+//! - [`ring`] takes chains from a ring (a vring of `vhost-user-backend`) and completes them; a ring
+//!   that cannot be trusted any more is stopped alone.
 //! - [`sigbus`] keeps the daemon alive when a guest's memory is taken away under it: whoever touched it
 //!   finds it lost, completes nothing, and the connection ends.
+//! - [`first_touch`] bounds how much of a guest's memory is charged to the daemon, since nobody else
+//!   touched it before.
 //! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
 //!   behind a socket, which outlives its connections.
 //! - [`balance`] is what the operator wants of a guest's memory, and what its driver reports.
@@ -38,6 +40,7 @@ pub mod control;
 pub mod device;
 pub mod events;
 pub mod execute;
+pub mod first_touch;
 pub mod patience;
 pub mod report;
 pub mod request;

@@ -32,6 +32,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::backend::AddressSpace;
 use crate::request::Table;
+use crate::sigbus::Loss;
 use crate::vhost::memory::Memory;
 use crate::vhost::notifier::Notifier;
 
@@ -57,9 +58,9 @@ pub enum Fault {
     /// Part of the ring is not in the guest's memory.
     #[error("the ring is not in the guest's memory")]
     Unmapped,
-    /// Memory of the guest was taken away, or broke.
-    #[error("part of the guest's memory is gone")]
-    MemoryGone,
+    /// Memory of the guest is lost.
+    #[error(transparent)]
+    Lost(#[from] Loss),
 }
 
 /// A ring, and what its front-end said of it.
@@ -223,11 +224,7 @@ impl Serving<'_> {
     pub fn intact(&self) -> Result<(), Fault> {
         // What was written before this line was written before the mark is looked at.
         fence(Ordering::SeqCst);
-        if self.memory.is_intact() {
-            Ok(())
-        } else {
-            Err(Fault::MemoryGone)
-        }
+        self.memory.loss().map_or(Ok(()), |loss| Err(loss.into()))
     }
 
     /// Where the descriptors lie.

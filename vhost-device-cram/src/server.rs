@@ -25,6 +25,7 @@ use crate::cli::Dedup;
 use crate::client::{Guest, Offer};
 use crate::control;
 use crate::device::{self, Device};
+use crate::first_touch;
 use crate::sigbus;
 use crate::socket::{BoundSocket, SocketError};
 use crate::vhost::channel::{Channel, End};
@@ -251,6 +252,12 @@ impl Ready {
         // Asked now, since it reads files, and those may be out of reach later.
         device::processors();
         sigbus::install()?;
+        if let Err(error) = first_touch::descriptor() {
+            log::warn!(
+                "--first-touch-limit is not in force: this process may not use userfaultfd ({error}). Guests \
+                 can have their memory charged to the daemon's control group"
+            );
+        }
         let store = options.store.open(options.offer.max_pools)?;
         let announcer = Arc::new(Announcer::default());
         let mut guests = Vec::new();

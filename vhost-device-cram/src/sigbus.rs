@@ -11,6 +11,9 @@
 //! finds it when he looks afterwards. Nobody may believe, complete or answer anything once it is there;
 //! the connection ends, and the front-end maps anew.
 //!
+//! The same signal tells of memory that nobody has touched yet ([`first_touch`]), which is made
+//! as long as the guest's allowance lasts, and treated as lost afterwards.
+//!
 //! When it is anything else that is gone, the store's memory or the heap, there is nothing to be
 //! saved, and the signal does what it always did.
 
@@ -27,11 +30,69 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vmm_sys_util::signal::register_signal_handler;
 
+use crate::first_touch::{self, Allowance, Touch};
+
 /// Sizes of the host's pages, small and huge: what a mapping can be cut at depends on the file.
 const PAGE_BYTES: [usize; 3] = [4 << 10, 2 << 20, 1 << 30];
 /// Regions of all guests together. Half of the mappings that a process may have (65,530 usually),
 /// so that front-ends with many regions use up those before the others.
 const WATCHED_MAX: usize = 1 << 15;
+
+/// Why a connection's memory cannot be believed any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Loss {
+    /// It was taken away, or broke.
+    #[error("part of the guest's memory is gone")]
+    Gone,
+    /// The guest's allowance is used up.
+    #[error(
+        "the guest has the daemon touch more memory before it does itself than --first-touch-limit allows"
+    )]
+    Overdrawn,
+}
+
+/// What became of a connection's memory.
+#[derive(Debug, Default)]
+pub struct Fate {
+    lost: AtomicBool,
+    /// Set before the memory is lost for that reason.
+    overdrawn: AtomicBool,
+    /// What the guest may have the daemon touch first; all of it when not given.
+    allowance: Option<Arc<Allowance>>,
+}
+
+impl Fate {
+    /// That of memory of which the daemon touches so much first.
+    pub fn with_allowance(allowance: Arc<Allowance>) -> Self {
+        Self {
+            allowance: Some(allowance),
+            ..Self::default()
+        }
+    }
+
+    /// Whether some of the memory is lost, as of now. Once it is, it stays so.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Why, if it is.
+    pub fn loss(&self) -> Option<Loss> {
+        if !self.lost.load(Ordering::Acquire) {
+            None
+        } else if self.overdrawn.load(Ordering::Relaxed) {
+            Some(Loss::Overdrawn)
+        } else {
+            Some(Loss::Gone)
+        }
+    }
+
+    fn touch(&self, address: usize) -> Touch {
+        let allowance = self.allowance.as_deref();
+        allowance.map_or(Touch::Other, |allowance| {
+            first_touch::touch(address, allowance)
+        })
+    }
+}
 
 /// A place in the table that the handler looks at.
 struct Slot {
@@ -39,7 +100,9 @@ struct Slot {
     version: AtomicUsize,
     begin: AtomicUsize,
     end: AtomicUsize,
-    lost: AtomicPtr<AtomicBool>,
+    fate: AtomicPtr<Fate>,
+    /// First touches are answered with the signal, too.
+    metered: AtomicBool,
 }
 
 static SLOTS: [Slot; WATCHED_MAX] = [const {
@@ -47,7 +110,8 @@ static SLOTS: [Slot; WATCHED_MAX] = [const {
         version: AtomicUsize::new(0),
         begin: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
-        lost: AtomicPtr::new(std::ptr::null_mut()),
+        fate: AtomicPtr::new(std::ptr::null_mut()),
+        metered: AtomicBool::new(false),
     }
 }; WATCHED_MAX];
 /// Slots from here on were never used.
@@ -57,26 +121,39 @@ static FREE: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
 impl Slot {
     /// Only one thread at a time has the slot to change it.
-    fn set(&self, range: Range<usize>, lost: *mut AtomicBool) {
+    fn set(&self, range: Range<usize>, fate: *mut Fate, metered: bool) {
         self.version.fetch_add(1, Ordering::AcqRel);
         fence(Ordering::Release);
         self.begin.store(range.start, Ordering::Relaxed);
         self.end.store(range.end, Ordering::Relaxed);
-        self.lost.store(lost, Ordering::Relaxed);
+        self.fate.store(fate, Ordering::Relaxed);
+        self.metered.store(metered, Ordering::Relaxed);
         self.version.fetch_add(1, Ordering::Release);
     }
 
     /// The region, if `address` is in it. A slot that changes meanwhile is not the one: a region that
     /// somebody accesses is watched for as long.
-    fn covers(&self, address: usize) -> Option<(Range<usize>, *const AtomicBool)> {
+    fn covers(&self, address: usize) -> Option<Found> {
         let version = self.version.load(Ordering::Acquire);
         let range = self.begin.load(Ordering::Relaxed)..self.end.load(Ordering::Relaxed);
-        let lost = self.lost.load(Ordering::Relaxed);
+        let fate = self.fate.load(Ordering::Relaxed);
+        let metered = self.metered.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let is_stable =
             version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
-        (is_stable && range.contains(&address) && !lost.is_null()).then_some((range, lost))
+        (is_stable && range.contains(&address) && !fate.is_null()).then_some(Found {
+            range,
+            fate,
+            metered,
+        })
     }
+}
+
+/// A region that the handler was looking for.
+struct Found {
+    range: Range<usize>,
+    fate: *const Fate,
+    metered: bool,
 }
 
 /// While it lives, the loss of memory in a region is survived. It must live at least as long as
@@ -85,15 +162,16 @@ impl Slot {
 pub struct Watch {
     slot: usize,
     /// What the slot points to.
-    _lost: Arc<AtomicBool>,
+    _fate: Arc<Fate>,
 }
 
-/// Watches the memory at `range`: when some of it is gone, `lost` becomes true, and then zeroes take
-/// the region's place.
+/// Watches the memory at `range`, which is a mapping of its own: when some of it is gone, `fate` says
+/// so, and then zeroes take the region's place. If there is an allowance for first touches, it counts
+/// here.
 ///
 /// # Errors
 /// When the system does not take the handler, or too much is watched already.
-pub fn watch(range: Range<usize>, lost: &Arc<AtomicBool>) -> io::Result<Watch> {
+pub fn watch(range: Range<usize>, fate: &Arc<Fate>) -> io::Result<Watch> {
     install()?;
     let mut free = FREE.lock();
     let slot = match free.pop() {
@@ -111,18 +189,19 @@ pub fn watch(range: Range<usize>, lost: &Arc<AtomicBool>) -> io::Result<Watch> {
     };
     drop(free);
     if let Some(place) = SLOTS.get(slot) {
-        place.set(range, Arc::as_ptr(lost).cast_mut());
+        let metered = fate.allowance.is_some() && first_touch::meter(&range);
+        place.set(range, Arc::as_ptr(fate).cast_mut(), metered);
     }
     Ok(Watch {
         slot,
-        _lost: Arc::clone(lost),
+        _fate: Arc::clone(fate),
     })
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
         if let Some(place) = SLOTS.get(self.slot) {
-            place.set(0..0, std::ptr::null_mut());
+            place.set(0..0, std::ptr::null_mut(), false);
         }
         FREE.lock().push(self.slot);
     }
@@ -154,24 +233,36 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_v
     if code == libc::BUS_MCEERR_AO {
         return;
     }
-    let is_fault = code == libc::BUS_ADRERR || code == libc::BUS_MCEERR_AR;
-    if !is_fault || !lose(address) {
+    let can_be_settled = match code {
+        libc::BUS_ADRERR => settle(address, true),
+        libc::BUS_MCEERR_AR => settle(address, false),
+        _ => false,
+    };
+    if !can_be_settled {
         give_up();
     }
 }
 
-/// Marks the guest's memory at `address` as lost, and puts zeroes there. False when it is no guest's.
-fn lose(address: usize) -> bool {
+/// Makes the guest's memory at `address` if that `may_be_untouched` and is; or else marks it as lost,
+/// and puts zeroes there. False when it is no guest's.
+fn settle(address: usize, may_be_untouched: bool) -> bool {
     let used = SLOTS_USED.load(Ordering::Acquire).min(WATCHED_MAX);
     let slots = SLOTS.iter().take(used);
-    let Some((range, lost)) = slots.filter_map(|slot| slot.covers(address)).next() else {
+    let Some(found) = slots.filter_map(|slot| slot.covers(address)).next() else {
         return false;
     };
     // SAFETY: this thread was just accessing the region, so that its `Watch` lives, which keeps what
     // the slot points to.
-    let lost = unsafe { &*lost };
-    lost.store(true, Ordering::SeqCst);
-    replace_all(&range) || replace_page(address)
+    let fate = unsafe { &*found.fate };
+    if may_be_untouched && found.metered {
+        match fate.touch(address) {
+            Touch::Settled => return true,
+            Touch::Overdrawn => fate.overdrawn.store(true, Ordering::Relaxed),
+            Touch::Other => (),
+        }
+    }
+    fate.lost.store(true, Ordering::SeqCst);
+    replace_all(&found.range) || replace_page(address)
 }
 
 /// Puts zeroes in the place of a whole region: however much of it goes away, that is one mapping.

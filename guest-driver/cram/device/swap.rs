@@ -188,6 +188,7 @@ impl frontswap::Backend for Device {
         let request = Request::get(self.areas.object(batch.swap_type()), batch);
         let purpose = Purpose::Load(Transfer::new(batch, token));
         let watch = crate::module_parameters::load_spin_us.value() != 0;
+        batch.touch();
         match queue.submit(&request, purpose, batch, watch, || ()) {
             Submitted::Yes(number) => {
                 self.stats.get_requests.add(1);

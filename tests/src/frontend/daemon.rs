@@ -58,6 +58,7 @@ impl TestDaemon {
                 workers: None,
                 pin: Vec::new(),
                 policy: vhost_device_cram::balance::Policy::default(),
+                first_touch_bytes: 16 << 20,
             },
         };
         change(&mut options);

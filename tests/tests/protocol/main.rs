@@ -7,6 +7,7 @@ mod conformance;
 mod connection;
 mod ends;
 mod events;
+mod first_touch;
 mod flow;
 mod hostile;
 mod instance;

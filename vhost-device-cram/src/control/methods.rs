@@ -289,6 +289,7 @@ fn client_stats(guest: &Guest) -> Value {
             "wakeups": read(&counters.wakeups),
             "queues_stopped": read(&counters.queues_stopped),
             "events": read(&counters.events),
+            "first_touch_bytes": guest.first_touch.touched_bytes(),
         },
         "pools": pools,
     });

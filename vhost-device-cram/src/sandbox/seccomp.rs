@@ -21,6 +21,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule, apply_filter_all_threads,
 };
 
+use crate::first_touch;
+
 /// Calls that are allowed whatever their arguments are.
 #[rustfmt::skip]
 const PLAIN: &[c_long] = &[
@@ -156,7 +158,7 @@ fn program(
 
 /// Calls that are allowed with some arguments only: one of the rules must hold.
 fn conditional() -> Result<Vec<(c_long, Vec<SeccompRule>)>, Error> {
-    let calls = vec![
+    let mut calls = vec![
         (
             libc::SYS_setsockopt,
             any([libc::SO_RCVTIMEO, libc::SO_SNDTIMEO], |option| {
@@ -226,6 +228,14 @@ fn conditional() -> Result<Vec<(c_long, Vec<SeccompRule>)>, Error> {
             vec![rule([is(0, u64::from(std::process::id()))?])?],
         ),
     ];
+    // First touches of guests' memory, by a descriptor that is there already, are metered and made.
+    let metered = first_touch::descriptor_number().map(|fd| {
+        let rules =
+            first_touch::CALLS.map(|call| rule([is(0, flags(fd))?, is(1, u64::from(call))?]));
+        rules.into_iter().collect::<Result<Vec<_>, _>>()
+    });
+    let metered = metered.transpose()?.map(|rules| (libc::SYS_ioctl, rules));
+    calls.extend(metered);
     Ok(calls)
 }
 

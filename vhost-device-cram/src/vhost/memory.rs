@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
@@ -15,7 +15,8 @@ use vm_memory::{
 };
 
 use crate::backend::AddressSpace;
-use crate::sigbus::{self, Watch};
+use crate::first_touch::Allowance;
+use crate::sigbus::{self, Fate, Loss, Watch};
 use crate::vhost::message::Region as Described;
 
 /// Most regions of a guest. (QEMU has as many memory slots at the most.)
@@ -59,7 +60,7 @@ pub struct Memory {
     /// Before the regions, whose mappings it has, too.
     map: Arc<GuestMemoryMmap<()>>,
     regions: Vec<Arc<Region>>,
-    lost: Arc<AtomicBool>,
+    fate: Arc<Fate>,
 }
 
 impl Deref for Memory {
@@ -85,13 +86,26 @@ impl Memory {
     pub fn is_intact(&self) -> bool {
         // What was read before this line was read before the mark is looked at.
         fence(Ordering::Acquire);
-        !self.lost.load(Ordering::Relaxed)
+        !self.fate.is_lost()
+    }
+
+    /// No memory yet; of what comes to it, the daemon touches so much first.
+    pub fn with_allowance(allowance: Arc<Allowance>) -> Self {
+        Self {
+            fate: Arc::new(Fate::with_allowance(allowance)),
+            ..Self::default()
+        }
+    }
+
+    /// Why it is not intact.
+    pub fn loss(&self) -> Option<Loss> {
+        self.fate.loss()
     }
 
     /// No memory, that shares this one's fate.
     pub fn emptied(&self) -> Self {
         Self {
-            lost: Arc::clone(&self.lost),
+            fate: Arc::clone(&self.fate),
             ..Self::default()
         }
     }
@@ -124,7 +138,7 @@ impl Memory {
         let begin = mapped.as_ptr() as usize;
         let mapping = GuestRegionMmap::new(mapped, GuestAddress(described.guest));
         let mapping = Arc::new(mapping.ok_or(MemoryError::Addresses)?);
-        let watch = sigbus::watch(begin..begin + bytes, &self.lost)?;
+        let watch = sigbus::watch(begin..begin + bytes, &self.fate)?;
         let mut regions = self.regions.clone();
         regions.push(Arc::new(Region {
             _watch: watch,
@@ -161,7 +175,7 @@ impl Memory {
         Ok(Self {
             map: Arc::new(map),
             regions,
-            lost: Arc::clone(&self.lost),
+            fate: Arc::clone(&self.fate),
         })
     }
 

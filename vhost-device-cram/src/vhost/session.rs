@@ -22,6 +22,7 @@ use super::notifier::{self, Notifier, NotifierError};
 use crate::backend::Unsettled;
 use crate::device::Device;
 use crate::ring::Ring;
+use crate::sigbus::Loss;
 
 /// Why a message is refused. The text is for the log.
 #[derive(Debug, thiserror::Error)]
@@ -83,9 +84,9 @@ pub enum Refusal {
     /// The device does not do it.
     #[error(transparent)]
     Device(#[from] io::Error),
-    /// The guest's memory is gone.
-    #[error("part of the guest's memory is gone")]
-    MemoryGone,
+    /// The guest's memory is lost.
+    #[error(transparent)]
+    Lost(Loss),
 }
 
 /// What the messages of one connection have come to.
@@ -107,7 +108,7 @@ impl<'a> Session<'a> {
             owned: false,
             protocol: Protocol::empty(),
             features: None,
-            memory: Arc::new(Memory::default()),
+            memory: Arc::new(Memory::with_allowance(device.first_touch())),
         }
     }
 
@@ -124,9 +125,9 @@ impl<'a> Session<'a> {
             })
         };
         // The memory may have gone while a ring was looked at: then that is the reason.
-        let outcome = match outcome {
-            _ if !self.memory.is_intact() => Err(Refusal::MemoryGone),
-            outcome => outcome,
+        let outcome = match self.memory.loss() {
+            Some(loss) => Err(Refusal::Lost(loss)),
+            None => outcome,
         };
         let wants_ack = header.needs_reply && self.protocol.contains(Protocol::REPLY_ACK);
         let (reply, verdict) = match outcome {

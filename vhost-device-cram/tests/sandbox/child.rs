@@ -74,6 +74,7 @@ pub(crate) fn options(folder: &Path) -> Options {
             workers: None,
             pin: Vec::new(),
             policy: vhost_device_cram::balance::Policy::default(),
+            first_touch_bytes: 16 << 20,
         },
     }
 }

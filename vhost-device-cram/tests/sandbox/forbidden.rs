@@ -12,10 +12,12 @@ use std::ptr::{null, null_mut};
 
 use libc::{c_int, c_long};
 use rustix::io::Errno;
+use vhost_device_cram::first_touch::Allowance;
 use vhost_device_cram::sandbox::confine;
 use vhost_device_cram::sandbox::landlock::Level;
 use vhost_device_cram::sandbox::seccomp::Reaction;
 use vhost_device_cram::server::Ready;
+use vhost_device_cram::sigbus::{Fate, Loss, watch};
 
 use crate::child::{self, options, refused};
 
@@ -381,13 +383,13 @@ fn memory_that_is_no_guests_is_not_replaced() {
             at.cast::<u8>()
         };
         let (guests, ours) = (map(), map());
-        let lost = std::sync::Arc::default();
+        let fate = std::sync::Arc::<Fate>::default();
         let begin = guests as usize;
-        let watch = vhost_device_cram::sigbus::watch(begin..begin + 4096, &lost).unwrap();
+        let watch = watch(begin..begin + 4096, &fate).unwrap();
         file.set_len(0).unwrap();
         // SAFETY: it is mapped, and what is gone there is replaced.
         assert_eq!(unsafe { guests.read_volatile() }, 0);
-        assert!(lost.load(std::sync::atomic::Ordering::SeqCst));
+        assert_eq!(fate.loss(), Some(Loss::Gone));
         drop(watch);
         println!("the guest's is replaced");
         // SAFETY: it is mapped; the process ends here.
@@ -401,6 +403,34 @@ fn memory_that_is_no_guests_is_not_replaced() {
         ended.text
     );
     assert!(!ended.text.contains("and ours"), "{}", ended.text);
+}
+
+/// That takes calls which nobody else has, and which strangers to the daemon cannot make.
+#[test]
+fn first_touches_are_metered_by_a_confined_process() {
+    let name = "forbidden::first_touches_are_metered_by_a_confined_process";
+    let ended = child::run(name, |folder| {
+        let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 8192).unwrap();
+        let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+        // SAFETY: a new mapping, at a place that the kernel chooses.
+        let at = unsafe { libc::mmap(null_mut(), 8192, protection, libc::MAP_SHARED, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        let at = at.cast::<u8>();
+        let _ready = locked(folder, Reaction::Kill);
+        let allowance = std::sync::Arc::new(Allowance::new(4096));
+        let fate = std::sync::Arc::new(Fate::with_allowance(allowance.clone()));
+        let begin = at as usize;
+        let _watch = watch(begin..begin + 8192, &fate).unwrap();
+        // SAFETY: it is mapped, and nobody else has it.
+        unsafe { at.write_volatile(1) };
+        assert_eq!((allowance.touched_bytes(), fate.loss()), (4096, None));
+        // SAFETY: it is mapped, and nobody else has it.
+        unsafe { at.add(4096).write_volatile(1) };
+        assert_eq!(fate.loss(), Some(Loss::Overdrawn));
+        assert_eq!(allowance.touched_bytes(), 4096);
+    });
+    ended.expect_done();
 }
 
 /// `abort` is how the standard library ends a process that cannot go on; it must not hang.
