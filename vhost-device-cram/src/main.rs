@@ -2,6 +2,7 @@
 
 //! `vhost-device-cram`: starts the daemon and waits for a signal to end it.
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -58,7 +59,7 @@ fn main() -> ExitCode {
     // A front-end that gave us broken descriptors could hold up one of our threads for ever.
     std::thread::spawn(|| {
         std::thread::sleep(STOP_MAX);
-        eprintln!("vhost-device-cram: not everything could be ended in time");
+        say("not everything could be ended in time");
         std::process::exit(1);
     });
     daemon.stop();
@@ -122,8 +123,13 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn fail(status: u8, message: &str) -> ExitCode {
-    eprintln!("vhost-device-cram: {message}");
+    say(message);
     ExitCode::from(status)
+}
+
+/// To whoever can hear it: unlike `eprintln`, it does not panic where there is no room for a log.
+fn say(message: &str) {
+    let _ = writeln!(std::io::stderr(), "vhost-device-cram: {message}");
 }
 
 /// SIGINT and SIGTERM, blocked, to be waited for.

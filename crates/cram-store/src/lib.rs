@@ -66,6 +66,8 @@ mod space;
 mod spec;
 mod store;
 
+#[cfg(any(test, feature = "fault-injection"))]
+pub use arena::jump_clock;
 pub use arena::{ArenaError, FORMAT_VERSION};
 pub use codec::Scratch;
 pub use engine::policy::ReclaimTarget;

@@ -24,6 +24,7 @@ use cram_store::{
     Backing, GetResult, ObjectId, PAGE_SIZE, Pool, PoolId, PoolKind, PoolSpec, PutResult, Scratch,
     Store, StoreConfig, StoreError,
 };
+use pages::superblock::{BOOT_ID_AT, CLEAN_AT, rewrite};
 use pages::{Content, config_of, page_of};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
@@ -330,26 +331,6 @@ fn an_object_whose_last_page_dangles_is_gone() {
     }
     store.check().unwrap();
 }
-
-/// Changes what both copies of the superblock say, sums included.
-fn rewrite(path: &Path, at: usize, new: &[u8]) {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    for copy in [0, 2048] {
-        let mut bytes = [0; 256];
-        file.read_exact_at(&mut bytes, copy).unwrap();
-        bytes[at..at + new.len()].copy_from_slice(new);
-        let sum = twox_hash::XxHash3_64::oneshot(&bytes[..248]);
-        bytes[248..].copy_from_slice(&sum.to_le_bytes());
-        file.write_all_at(&bytes, copy).unwrap();
-    }
-}
-
-const CLEAN_AT: usize = 20;
-const BOOT_ID_AT: usize = 40;
 
 #[test]
 fn after_the_machine_ended_only_what_was_closed_is_believed() {

@@ -426,7 +426,7 @@ fn first_touches_are_metered_by_a_confined_process() {
         unsafe { at.write_volatile(1) };
         assert_eq!((allowance.touched_bytes(), fate.loss()), (4096, None));
         // SAFETY: it is mapped, and nobody else has it.
-        unsafe { at.add(4096).write_volatile(1) };
+        unsafe { at.wrapping_add(4096).write_volatile(1) };
         assert_eq!(fate.loss(), Some(Loss::Overdrawn));
         assert_eq!(allowance.touched_bytes(), 4096);
     });

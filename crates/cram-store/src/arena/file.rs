@@ -59,7 +59,7 @@ pub enum ArenaError {
         found: u32,
     },
     /// An arena whose first bytes are damaged beyond repair, or that was cut short.
-    #[error("{} is damaged: {what}", path.display())]
+    #[error("{} is damaged: {what}; put a copy in its place, or remove it", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

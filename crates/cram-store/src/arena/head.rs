@@ -55,11 +55,24 @@ impl Head {
     }
 }
 
-/// Seconds of Unix time.
+/// Seconds of Unix time. The clock may be set at any time: nothing may hang on this but what is
+/// compacted, or packed again, before what.
 pub(crate) fn now() -> u64 {
-    SystemTime::now()
+    let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+        .map_or(0, |since| since.as_secs());
+    #[cfg(any(test, feature = "fault-injection"))]
+    let now = now.saturating_add_signed(CLOCK_JUMP_S.load(std::sync::atomic::Ordering::Relaxed));
+    now
+}
+
+#[cfg(any(test, feature = "fault-injection"))]
+static CLOCK_JUMP_S: std::sync::atomic::AtomicI64 = std::sync::atomic::AtomicI64::new(0);
+
+/// Has the clock go wrong by so many seconds, for all stores of the process.
+#[cfg(any(test, feature = "fault-injection"))]
+pub fn jump_clock(seconds: i64) {
+    CLOCK_JUMP_S.store(seconds, std::sync::atomic::Ordering::Relaxed);
 }
 
 impl Arena {

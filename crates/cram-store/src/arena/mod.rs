@@ -38,6 +38,8 @@ pub use file::ArenaError;
 pub(crate) use file::Opened;
 #[cfg(fuzzing)]
 pub(crate) use forge::{ForgedHeader, ForgedSpan, forge_record, forge_span, forge_superblock};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use head::jump_clock;
 pub(crate) use head::{Head, Record, now};
 pub(crate) use layout::layout_for;
 pub(crate) use record::{HEADER_BYTES, Header, Kind, NUMBERS, PAYLOAD_BYTES_MAX, is_newer};

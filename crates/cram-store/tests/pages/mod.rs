@@ -5,6 +5,9 @@
 // Each test program uses its own part of this.
 #![allow(dead_code, unreachable_pub)]
 
+#[cfg(not(fuzzing))]
+pub mod superblock;
+
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::Arc;
