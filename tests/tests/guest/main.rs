@@ -8,6 +8,7 @@
 //! A test whose name begins with `debug_` is another test once more, on the
 //! kernel that checks itself.
 
+mod attack;
 mod balance;
 mod chaos;
 mod conformance;

@@ -12,7 +12,7 @@
 //!   its touches took.
 //! - `touch` takes memory, to push others out.
 //! - `conform` drives the device itself, with every request that docs/protocol.md
-//!   has something to say about ([`raw`]).
+//!   has something to say about ([`raw`]); `attack` drives it as nobody should.
 //!
 //! `worker` is what `load` and `hold` start, once for each process.
 //!
@@ -40,6 +40,7 @@ usage: cram-workload agent TTY
        cram-workload pace --source FILE --mib N [--offset-mib N]
        cram-workload touch --mib N [--seconds S]
        cram-workload conform
+       cram-workload attack [--seed N] [--rounds N]
 
 options of load and hold:
   --source FILE      real data to fill memory with (read directly, past the page cache)
@@ -65,7 +66,8 @@ fn main() -> ExitCode {
         "hold" => crew::run_hold(&rest),
         "pace" => pace::run(&rest),
         "touch" => touch::run(&rest),
-        "conform" => raw::run(&rest),
+        "conform" => raw::conform(&rest),
+        "attack" => raw::attack(&rest),
         "worker" => worker::run(&rest),
         "--help" | "-h" | "help" => {
             print!("{USAGE}");

@@ -14,24 +14,24 @@ use super::mapped::Buffers;
 use super::pci::{self, Registers};
 
 /// Registers of the common structure (VIRTIO 1.3, section 4.1.4.3).
-mod common {
-    pub(super) const DEVICE_FEATURE_SELECT: usize = 0;
-    pub(super) const DEVICE_FEATURE: usize = 4;
-    pub(super) const DRIVER_FEATURE_SELECT: usize = 8;
-    pub(super) const DRIVER_FEATURE: usize = 12;
-    pub(super) const STATUS: usize = 20;
-    pub(super) const QUEUE_SELECT: usize = 22;
-    pub(super) const QUEUE_SIZE: usize = 24;
-    pub(super) const QUEUE_ENABLE: usize = 28;
-    pub(super) const QUEUE_NOTIFY_OFFSET: usize = 30;
-    pub(super) const QUEUE_DESCRIPTORS: usize = 32;
-    pub(super) const QUEUE_DRIVER: usize = 40;
-    pub(super) const QUEUE_DEVICE: usize = 48;
+pub(super) mod common {
+    pub(in crate::raw) const DEVICE_FEATURE_SELECT: usize = 0;
+    pub(in crate::raw) const DEVICE_FEATURE: usize = 4;
+    pub(in crate::raw) const DRIVER_FEATURE_SELECT: usize = 8;
+    pub(in crate::raw) const DRIVER_FEATURE: usize = 12;
+    pub(in crate::raw) const STATUS: usize = 20;
+    pub(in crate::raw) const QUEUE_SELECT: usize = 22;
+    pub(in crate::raw) const QUEUE_SIZE: usize = 24;
+    pub(in crate::raw) const QUEUE_ENABLE: usize = 28;
+    pub(in crate::raw) const QUEUE_NOTIFY_OFFSET: usize = 30;
+    pub(in crate::raw) const QUEUE_DESCRIPTORS: usize = 32;
+    pub(in crate::raw) const QUEUE_DRIVER: usize = 40;
+    pub(in crate::raw) const QUEUE_DEVICE: usize = 48;
 }
 
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
-const DRIVER_OK: u8 = 4;
+pub(super) const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 
 const VERSION_1: u64 = 1 << 32;
@@ -40,36 +40,36 @@ const INDIRECT: u64 = 1 << 28;
 const STATE: usize = 28;
 
 /// The first request queue.
-const QUEUE: u16 = 1;
-const SIZE: u16 = 64;
+pub(super) const QUEUE: u16 = 1;
+pub(super) const SIZE: u16 = 64;
 /// Where the parts of the queue are, in the first page of the buffers.
-const DESCRIPTORS: usize = 0;
-const AVAILABLE: usize = 1024;
-const USED: usize = 2048;
+pub(super) const DESCRIPTORS: usize = 0;
+pub(super) const AVAILABLE: usize = 1024;
+pub(super) const USED: usize = 2048;
 /// The second page: the table of the chain.
-const TABLE: usize = 4096;
+pub(super) const TABLE: usize = 4096;
 /// The rest: what the chain consists of.
-const DATA: usize = 8192;
+pub(super) const DATA: usize = 8192;
 /// The largest request, and the largest answer, and a byte more each.
 const PAGES: usize = 2 + 70 + 70;
 const PAGE_BYTES: usize = 4096;
 /// No guest has memory there.
-const NOWHERE: u64 = 1 << 45;
+pub(super) const NOWHERE: u64 = 1 << 45;
 
-const FLAG_NEXT: u16 = 1;
-const FLAG_WRITE: u16 = 2;
-const FLAG_INDIRECT: u16 = 4;
+pub(super) const FLAG_NEXT: u16 = 1;
+pub(super) const FLAG_WRITE: u16 = 2;
+pub(super) const FLAG_INDIRECT: u16 = 4;
 const UNTOUCHED: u8 = 0xa5;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Device {
-    registers: Registers,
-    buffers: Buffers,
+    pub(super) registers: Registers,
+    pub(super) buffers: Buffers,
     /// Where the queue is notified.
     doorbell: usize,
-    sent: u16,
+    pub(super) sent: u16,
 }
 
 impl Device {
@@ -82,16 +82,24 @@ impl Device {
             doorbell: 0,
             sent: 0,
         };
-        device.reset()?;
-        device.negotiate()?;
-        device.start_queue()?;
-        device.set_status(DRIVER_OK);
-        device.wait("a back-end", |device| {
+        device.begin()?;
+        Ok(device)
+    }
+
+    /// From a reset, whatever was before, to a queue that is served.
+    pub(super) fn begin(&mut self) -> Result<()> {
+        self.reset()?;
+        self.buffers
+            .write_bytes(0, &vec![0; self.buffers.len().min(TABLE)]);
+        self.sent = 0;
+        self.negotiate()?;
+        self.start_queue()?;
+        self.set_status(DRIVER_OK);
+        self.wait("a back-end", |device| {
             let at = device.registers.device.at + STATE;
             let found: u32 = device.registers.device.bar.read(at);
             found & state::READY != 0
-        })?;
-        Ok(device)
+        })
     }
 
     fn wait(&self, what: &str, ready: impl Fn(&Self) -> bool) -> Result<()> {
@@ -108,19 +116,19 @@ impl Device {
         common.bar.read(common.at + common::STATUS)
     }
 
-    fn set_status(&self, bits: u8) {
+    pub(super) fn set_status(&self, bits: u8) {
         let common = &self.registers.common;
         let status = self.status() | bits;
         common.bar.write(common.at + common::STATUS, status);
     }
 
-    fn reset(&self) -> Result<()> {
+    pub(super) fn reset(&self) -> Result<()> {
         let common = &self.registers.common;
         common.bar.write(common.at + common::STATUS, 0_u8);
         self.wait("a reset", |device| device.status() == 0)
     }
 
-    fn negotiate(&self) -> Result<()> {
+    pub(super) fn negotiate(&self) -> Result<()> {
         let common = &self.registers.common;
         let (bar, at) = (&common.bar, common.at);
         self.set_status(ACKNOWLEDGE);
@@ -151,18 +159,24 @@ impl Device {
     }
 
     fn start_queue(&mut self) -> Result<()> {
+        let places = [DESCRIPTORS, AVAILABLE, USED].map(|place| self.buffers.physical(place));
+        self.start_queue_at(places)
+    }
+
+    /// Says that the queue's parts lie at these addresses, and has it served.
+    pub(super) fn start_queue_at(&mut self, places: [u64; 3]) -> Result<()> {
         let common = &self.registers.common;
         let (bar, at) = (&common.bar, common.at);
         bar.write(at + common::QUEUE_SELECT, QUEUE);
         let most: u16 = bar.read(at + common::QUEUE_SIZE);
         ensure!(most >= SIZE, "a queue has {most} entries only");
         bar.write(at + common::QUEUE_SIZE, SIZE);
-        for (register, place) in [
-            (common::QUEUE_DESCRIPTORS, DESCRIPTORS),
-            (common::QUEUE_DRIVER, AVAILABLE),
-            (common::QUEUE_DEVICE, USED),
-        ] {
-            let physical = self.buffers.physical(place);
+        let registers = [
+            common::QUEUE_DESCRIPTORS,
+            common::QUEUE_DRIVER,
+            common::QUEUE_DEVICE,
+        ];
+        for (register, physical) in registers.into_iter().zip(places) {
             // Halves, as every transport takes them.
             let [low, high] = [physical & u64::from(u32::MAX), physical >> 32];
             bar.write(at + register, u32::try_from(low)?);
@@ -175,7 +189,7 @@ impl Device {
         Ok(())
     }
 
-    fn describe(&self, at: usize, descriptor: (u64, u32, u16, u16)) {
+    pub(super) fn describe(&self, at: usize, descriptor: (u64, u32, u16, u16)) {
         let (address, len, flags, next) = descriptor;
         let numbers = self.buffers.numbers();
         numbers.write(at, address);
@@ -186,25 +200,50 @@ impl Device {
 
     /// Makes the table that is laid out available, and waits until it was completed.
     fn send(&mut self, entries: usize) -> Result<u32> {
-        let numbers = self.buffers.numbers();
         let bytes = u32::try_from(entries * 16)?;
         let table = self.buffers.physical(TABLE);
         self.describe(DESCRIPTORS, (table, bytes, FLAG_INDIRECT, 0));
         let slot = usize::from(self.sent % SIZE);
-        numbers.write(AVAILABLE + 4 + 2 * slot, 0_u16);
-        self.sent = self.sent.wrapping_add(1);
-        fence(Ordering::SeqCst);
-        numbers.write(AVAILABLE + 2, self.sent);
-        fence(Ordering::SeqCst);
-        self.registers.notify.bar.write(self.doorbell, QUEUE);
-        self.wait("a completion", |device| {
-            device.buffers.numbers().read::<u16>(USED + 2) == device.sent
-        })?;
+        self.make_available(0);
+        self.ring_doorbell(QUEUE);
+        self.wait("a completion", |device| device.used() == device.sent)?;
         fence(Ordering::SeqCst);
         let entry = USED + 4 + 8 * slot;
-        let head: u32 = self.buffers.numbers().read(entry);
+        let numbers = self.buffers.numbers();
+        let head: u32 = numbers.read(entry);
         ensure!(head == 0, "chain {head} was completed, which was not sent");
-        Ok(self.buffers.numbers().read(entry + 4))
+        Ok(numbers.read(entry + 4))
+    }
+
+    /// Makes a chain available, without a notification.
+    pub(super) fn make_available(&mut self, head: u16) {
+        let slot = usize::from(self.sent % SIZE);
+        let next = self.sent.wrapping_add(1);
+        self.buffers.numbers().write(AVAILABLE + 4 + 2 * slot, head);
+        self.jump(next);
+    }
+
+    /// Says that so many chains were made available.
+    pub(super) fn jump(&mut self, index: u16) {
+        self.sent = index;
+        fence(Ordering::SeqCst);
+        self.buffers.numbers().write(AVAILABLE + 2, index);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Notifies the device of a queue, which may not be the one whose doorbell it is.
+    pub(super) fn ring_doorbell(&self, queue: u16) {
+        self.registers.notify.bar.write(self.doorbell, queue);
+    }
+
+    /// How many chains were completed.
+    pub(super) fn used(&self) -> u16 {
+        self.buffers.numbers().read(USED + 2)
+    }
+
+    /// Waits until so many are.
+    pub(super) fn wait_used(&self, count: u16) -> Result<()> {
+        self.wait("completions", |device| device.used() == count)
     }
 }
 
