@@ -48,6 +48,9 @@ impl Host {
                 .to_vec(),
             keep: None,
             control_socket: None,
+            control_permissions: vhost_device_cram::socket::Permissions::PRIVATE,
+            metrics: None,
+        guest_folders: Vec::new(),
             store: StoreOptions::with_capacity(1 << 20),
             quota_bytes: None,
             offer: Offer {

@@ -11,7 +11,9 @@ use cram_abi::wire::{Report, event, policy, progress};
 use parking_lot::Mutex;
 
 /// What becomes of the pool's copy of a page that its guest loaded back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Copies {
     /// It goes at once: a page is in one place.

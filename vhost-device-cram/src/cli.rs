@@ -2,16 +2,24 @@
 
 //! The daemon's command line: what it looks like, and which values make sense together.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
 
 use cram_abi::wire::MAX_REQUEST_QUEUES;
 use cram_store::Background;
 
+use crate::address::Address;
 use crate::balance::{Copies, Policy};
 use crate::client::Offer;
-use crate::server::{GuestOptions, Options, StoreOptions};
+use crate::config::Configuration;
+pub use crate::options::Dedup;
+use crate::options::{GuestOptions, Options, StoreOptions};
 use crate::size;
+use crate::socket::{self, Permissions};
 
 /// The smallest store that is of any use.
 const CAPACITY_MIN: u64 = 1 << 20;
@@ -32,6 +40,7 @@ const POLL_US_MAX: u32 = 1_000_000;
 #[command(
     name = "vhost-device-cram",
     version,
+    args_override_self = true,
     after_help = "Example: vhost-device-cram --socket-path /run/cram/vm1.sock \
                   --control-socket /run/cram/control.sock --capacity 4G"
 )]
@@ -42,28 +51,59 @@ pub struct Arguments {
         long = "socket-path",
         short = 's',
         value_name = "SOCKET",
-        required_unless_present = "guests"
+        required_unless_present_any = ["guests", "config", "guest_folders"]
     )]
     pub socket_paths: Vec<PathBuf>,
 
     /// The same with a name, by which the guest's account is known for ever: name=vm1,socket=SOCKET.
-    /// With trust-socket=on, whoever connects is taken for the virtual machine that was there before,
-    /// and gets its pages
-    #[arg(long = "guest", short = 'g', value_name = "name=NAME,socket=SOCKET", value_parser = guest)]
+    /// More words, with commas between them, for a guest that the arena does not know yet: quota=SIZE,
+    /// weight=N (100 is usual). And: copies=free, keep or adaptive; auto-squeeze=on; trust-socket=on:
+    /// whoever connects is taken for the virtual machine that was there before, and gets its pages
+    #[arg(long = "guest", short = 'g', value_name = "name=NAME,socket=SOCKET,…", value_parser = guest)]
     pub guests: Vec<GuestOptions>,
+
+    /// Say in JSON what this back-end is, for managers of virtual machines, and end
+    #[arg(long, exclusive = true)]
+    pub print_capabilities: bool,
+
+    /// Read options and guests from this file, TOML: its keys are these options, without the dashes,
+    /// and each guest is a table [[guest]]. What is given here besides counts more
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Guests may be added later (cramctl guest add) whose sockets are in this folder; repeat for more.
+    /// Sockets in it on which nobody listens are removed at the start. Guests can also be added in
+    /// folders in which there are sockets of guests already
+    #[arg(long = "guest-folder", value_name = "FOLDER")]
+    pub guest_folders: Vec<PathBuf>,
 
     /// Drop pages of a guest to which nobody was connected for so long [default: never]
     #[arg(long, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub forget_after: Option<u32>,
 
-    /// Listen for cramctl here (only this user may connect)
+    /// Listen for cramctl here. Only root and this user may change anything there
     #[arg(long, short = 'C', value_name = "SOCKET")]
     pub control_socket: Option<PathBuf>,
 
+    /// Who may connect to the control socket, as an octal mode [default: 0600, or 0660 with
+    /// --control-group]
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub control_mode: Option<u32>,
+
+    /// The group of the control socket, a name or a number. Its members may look and change nothing
+    #[arg(long, value_name = "GROUP", value_parser = socket::group)]
+    pub control_group: Option<u32>,
+
+    /// Serve metrics for Prometheus (OpenMetrics, GET /metrics) on unix:PATH or 127.0.0.1:PORT; there
+    /// are no passwords, so no other addresses
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<Address>,
+
     /// Memory that all guests together may use, for example 512M or 4G
-    #[arg(long, short = 'c', value_name = "SIZE", value_parser = size::parse)]
-    pub capacity: u64,
+    #[arg(long, short = 'c', value_name = "SIZE", value_parser = size::parse,
+          required_unless_present = "config")]
+    pub capacity: Option<u64>,
 
     /// Memory that each guest may use, if the arena does not know it with a quota of its own
     /// [default: the capacity]
@@ -101,8 +141,8 @@ pub struct Arguments {
     #[arg(long)]
     pub auto_squeeze: bool,
 
-    /// Request queues of each guest; one for each of its CPUs is best
-    #[arg(long, value_name = "N", default_value_t = 4,
+    /// Request queues that each guest may have; what its driver does not use costs nothing
+    #[arg(long, value_name = "N", default_value_t = MAX_REQUEST_QUEUES,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_REQUEST_QUEUES)))]
     pub num_queues: u16,
 
@@ -146,17 +186,6 @@ pub struct Arguments {
     pub log_level: Option<log::LevelFilter>,
 }
 
-/// Whose equal pages are stored once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Dedup {
-    /// Nobody's.
-    Off,
-    /// Each guest's own.
-    Guest,
-    /// All guests' together.
-    All,
-}
-
 /// How the daemon confines itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sandbox {
@@ -170,27 +199,53 @@ pub enum Sandbox {
 
 /// A guest, as words with commas between them.
 fn guest(text: &str) -> Result<GuestOptions, String> {
-    const USAGE: &str = "write name=NAME,socket=SOCKET and maybe trust-socket=on, without commas \
-                         in them";
-    let (mut name, mut socket, mut trusts_socket) = (None, None, None);
+    const USAGE: &str = "write name=NAME,socket=SOCKET and maybe quota=SIZE, weight=N, copies=free, \
+                         auto-squeeze=on or trust-socket=on, without commas in them";
+    let mut words = BTreeMap::new();
     for part in text.split(',') {
-        let is_first = match part.split_once('=') {
-            Some(("name", word)) if !word.is_empty() => name.replace(word).is_none(),
-            Some(("socket", path)) if !path.is_empty() => socket.replace(path).is_none(),
-            Some(("trust-socket", "on")) => trusts_socket.replace(true).is_none(),
-            Some(("trust-socket", "off")) => trusts_socket.replace(false).is_none(),
-            _ => false,
-        };
-        if !is_first {
-            return Err(USAGE.to_owned());
+        match part.split_once('=') {
+            Some((key, value)) if !value.is_empty() => {
+                if words.insert(key, value).is_some() {
+                    return Err(format!("{key} is given twice; {USAGE}"));
+                }
+            }
+            _ => return Err(USAGE.to_owned()),
         }
     }
-    let (name, socket) = name.zip(socket).ok_or(USAGE)?;
-    Ok(GuestOptions {
-        name: name.to_owned(),
-        socket: PathBuf::from(socket),
-        trusts_socket: trusts_socket.unwrap_or_default(),
-    })
+    let name = words.remove("name").ok_or(USAGE)?;
+    let socket = words.remove("socket").ok_or(USAGE)?;
+    let mut guest = GuestOptions::new(name.to_owned(), PathBuf::from(socket));
+    for (key, value) in words {
+        match key {
+            "quota" => guest.quota_bytes = Some(size::parse(value)?),
+            "weight" => guest.weight = Some(whole(value)?),
+            "copies" => guest.copies = Some(Copies::from_str(value, false)?),
+            "auto-squeeze" => guest.auto_squeeze = Some(switch(value)?),
+            "trust-socket" => guest.trusts_socket = switch(value)?,
+            _ => return Err(format!("there is no {key}; {USAGE}")),
+        }
+    }
+    Ok(guest)
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("write on or off".to_owned()),
+    }
+}
+
+fn whole(text: &str) -> Result<u32, String> {
+    text.parse()
+        .map_err(|_| format!("\"{text}\" is not a whole number"))
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("write an octal mode such as 0660".to_owned()),
+    }
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -234,35 +289,101 @@ fn log_level(text: &str) -> Result<log::LevelFilter, String> {
         .map_err(|_| "write off, error, warn, info, debug or trace".to_owned())
 }
 
+/// Why there are no arguments.
+#[derive(Debug)]
+pub enum Unread {
+    /// The command line is wrong, or asks for help.
+    CommandLine(clap::Error),
+    /// The configuration file is wrong: one line that says what, and where.
+    File(String),
+}
+
 impl Arguments {
+    /// Reads a command line, the program's name first, and the configuration file that it names.
+    ///
+    /// # Errors
+    /// When either is wrong.
+    pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, Unread> {
+        let words: Vec<_> = words.into_iter().collect();
+        let given = Self::try_parse_from(&words).map_err(Unread::CommandLine)?;
+        let Some(path) = &given.config else {
+            return Ok(given);
+        };
+        let file = Configuration::read(path).map_err(Unread::File)?;
+        let wrong = |error: clap::Error| Unread::File(file.locate(&one_line(&error)));
+        // By itself, so that a mistake is known to be the file's; it may lack what is given by hand.
+        let config = format!("--config={}", path.display());
+        let alone = words.iter().take(1).cloned();
+        let alone = alone.chain([config.into()]);
+        let of_file = || file.words.iter().map(OsString::from);
+        Self::try_parse_from(alone.chain(of_file())).map_err(wrong)?;
+        let name = words.iter().take(1).cloned();
+        let by_hand = words.iter().skip(1).cloned();
+        let all = name.chain(of_file()).chain(by_hand);
+        let mut both = Self::try_parse_from(all).map_err(Unread::CommandLine)?;
+        both.guests.splice(0..0, file.guests);
+        Ok(both)
+    }
+
     /// The options, if they make sense together; otherwise one line that says what to change.
     pub fn options(&self) -> Result<Options, String> {
-        if self.capacity < CAPACITY_MIN {
+        let Some(capacity) = self.capacity else {
+            return Err("--capacity <SIZE> is missing; see --help".to_owned());
+        };
+        if capacity < CAPACITY_MIN {
             return Err(format!(
                 "--capacity {} is too small; give at least {}",
-                size::show(self.capacity),
+                size::show(capacity),
                 size::show(CAPACITY_MIN)
             ));
         }
-        if self.capacity > cram_store::CAPACITY_BYTES_MAX {
+        if capacity > cram_store::CAPACITY_BYTES_MAX {
             return Err(format!(
                 "--capacity {} is too large; give at most {}",
-                size::show(self.capacity),
+                size::show(capacity),
                 size::show(cram_store::CAPACITY_BYTES_MAX)
             ));
         }
         if let Some(quota) = self.quota
-            && quota > self.capacity
+            && quota > capacity
         {
             return Err(format!(
                 "--quota {} is more than --capacity {}; a guest cannot have more than there is",
                 size::show(quota),
-                size::show(self.capacity)
+                size::show(capacity)
             ));
         }
         let unnamed = self.socket_paths.iter().cloned();
         let unnamed = unnamed.map(GuestOptions::of_socket);
         let guests: Vec<_> = self.guests.iter().cloned().chain(unnamed).collect();
+        let may_be_added = self.control_socket.is_some() && !self.guest_folders.is_empty();
+        if guests.is_empty() && !may_be_added {
+            return Err(
+                "there is no guest; give --socket-path or --guest, or --guest-folder and \
+                 --control-socket for guests that are added later"
+                    .to_owned(),
+            );
+        }
+        if self.control_socket.is_none()
+            && (self.control_group.is_some() || self.control_mode.is_some())
+        {
+            return Err(
+                "--control-group and --control-mode need a --control-socket that they are of"
+                    .to_owned(),
+            );
+        }
+        for guest in &guests {
+            if let Some(quota) = guest.quota_bytes
+                && quota > capacity
+            {
+                return Err(format!(
+                    "{}: quota {} is more than --capacity {}; a guest cannot have more than there is",
+                    guest.name,
+                    size::show(quota),
+                    size::show(capacity)
+                ));
+            }
+        }
         let mut names: Vec<_> = guests.iter().map(|guest| guest.name.as_str()).collect();
         names.sort_unstable();
         if let Some(&[name, _]) = names.windows(2).find(|pair| pair.first() == pair.last()) {
@@ -272,7 +393,11 @@ impl Arguments {
             ));
         }
         let sockets = guests.iter().map(|guest| &guest.socket);
-        let mut paths: Vec<_> = sockets.chain(&self.control_socket).collect();
+        let metrics = match &self.metrics {
+            Some(Address::Unix(path)) => Some(path),
+            _ => None,
+        };
+        let mut paths: Vec<_> = sockets.chain(&self.control_socket).chain(metrics).collect();
         paths.sort();
         if let Some(twice) = paths.windows(2).find(|pair| pair.first() == pair.get(1)) {
             let path = twice
@@ -289,8 +414,17 @@ impl Arguments {
                 .forget_after
                 .map(|seconds| Duration::from_secs(seconds.into())),
             control_socket: self.control_socket.clone(),
+            control_permissions: Permissions {
+                mode: self.control_mode.unwrap_or(match self.control_group {
+                    Some(_) => 0o660,
+                    None => 0o600,
+                }),
+                group: self.control_group,
+            },
+            metrics: self.metrics.clone(),
+            guest_folders: self.guest_folders.clone(),
             store: StoreOptions {
-                capacity_bytes: self.capacity,
+                capacity_bytes: capacity,
                 arena: self.arena.clone(),
                 dedup: self.dedup,
                 background: Background {
@@ -362,16 +496,28 @@ mod tests {
     fn guests_are_read() {
         let read = |text: &str| guest(text).ok();
         let vm1 = |trusts_socket| GuestOptions {
-            name: "vm1".into(),
-            socket: "/run/a.sock".into(),
             trusts_socket,
+            ..GuestOptions::new("vm1".into(), "/run/a.sock".into())
         };
         assert_eq!(read("name=vm1,socket=/run/a.sock"), Some(vm1(false)));
         let trusted = "socket=/run/a.sock,trust-socket=on,name=vm1";
         assert_eq!(read(trusted), Some(vm1(true)));
+        let all = "name=vm1,socket=/run/a.sock,quota=1M,weight=50,copies=keep,auto-squeeze=on";
+        let wishes = GuestOptions {
+            quota_bytes: Some(1 << 20),
+            weight: Some(50),
+            copies: Some(Copies::Keep),
+            auto_squeeze: Some(true),
+            ..vm1(false)
+        };
+        assert_eq!(read(all), Some(wishes));
         for wrong in [
             "",
             "vm1",
+            "name=vm1,socket=/run/a.sock,quota=12Q",
+            "name=vm1,socket=/run/a.sock,weight=-1",
+            "name=vm1,socket=/run/a.sock,copies=some",
+            "name=vm1,socket=/run/a.sock,auto-squeeze=1",
             "name=vm1",
             "socket=/run/a.sock",
             "name=,socket=/run/a.sock",

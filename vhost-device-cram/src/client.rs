@@ -19,6 +19,7 @@ use crate::announce::{Announcer, is_worth_announcing};
 use crate::balance::{Balance, Fullness, Policy};
 use crate::device::Device;
 use crate::events::Mailbox;
+use crate::figures::Figures;
 use crate::first_touch::Allowance;
 
 /// What every guest is offered.
@@ -48,33 +49,32 @@ impl Offer {
         self.workers
             .map_or_else(crate::device::processors, usize::from)
     }
+
+    /// How many groups of request queues there are, each with a worker of its own.
+    pub fn groups(&self) -> usize {
+        usize::from(self.request_queues).min(self.workers()).max(1)
+    }
+
+    /// All worker threads of a connection: that of events, and one for each group.
+    pub fn threads(&self) -> usize {
+        1 + self.groups()
+    }
 }
 
-/// Counts of what a guest did, since the daemon started.
+/// Counts of what seldom happens to a guest, since the daemon started. What workers do all the time is
+/// in its [`Figures`].
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Connections accepted.
     pub connections: AtomicU64,
-    /// Chains completed on request queues.
-    pub requests: AtomicU64,
-    /// Of these, malformed ones.
-    pub malformed: AtomicU64,
-    /// Interrupts sent.
-    pub interrupts: AtomicU64,
-    /// Times that a worker was woken.
-    pub wakeups: AtomicU64,
     /// Queues stopped since their ring could not be trusted.
     pub queues_stopped: AtomicU64,
-    /// Events delivered.
-    pub events: AtomicU64,
 }
 
 impl Counters {
     /// Adds to one of the counters.
     pub fn add(counter: &AtomicU64, n: u64) {
-        if n > 0 {
-            counter.fetch_add(n, Ordering::Relaxed);
-        }
+        counter.fetch_add(n, Ordering::Relaxed);
     }
 }
 
@@ -115,6 +115,8 @@ pub struct Guest {
     pub counters: Counters,
     /// How much of its memory the daemon touched first, and may.
     pub first_touch: Arc<Allowance>,
+    /// What its workers count and time.
+    pub figures: Figures,
     announced: Mutex<Announced>,
     /// None when nobody is connected; a connection that is just ending is still there.
     connection: Mutex<Option<Weak<Device>>>,
@@ -152,14 +154,15 @@ impl Guest {
             account,
             balance: Balance::new(offer.policy),
             first_touch: Arc::new(Allowance::new(offer.first_touch_bytes)),
-            offer,
             mailbox: Mailbox::default(),
             announcer,
             counters: Counters::default(),
+            figures: Figures::new(offer.threads()),
             announced: Mutex::new(announced),
             connection: Mutex::new(None),
             away_since: Mutex::new(Some(Instant::now())),
             was_claimed: AtomicBool::new(false),
+            offer,
         }
     }
 

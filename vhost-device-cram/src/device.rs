@@ -30,7 +30,8 @@ use zerocopy::IntoBytes;
 
 use crate::backend::Unsettled;
 use crate::client::{Counters, Guest, Instance};
-use crate::execute::{Target, Workspace, execute};
+use crate::execute::{Effect, Target, Workspace, execute};
+use crate::figures::{Kind, Sampler, WorkerFigures};
 use crate::first_touch::Allowance;
 use crate::patience::Patience;
 use crate::request::Terms;
@@ -56,16 +57,62 @@ pub const FEATURES: u64 = (1 << VIRTIO_F_VERSION_1)
     | feature::ALL;
 
 struct Worker {
+    number: usize,
     /// Queues of the worker (indexes of the device).
     queues: Vec<usize>,
     /// What it works with; only the worker itself looks at it.
-    tools: Mutex<Tools>,
-    wakers: Wakers,
+    tools: Mutex<Option<Tools>>,
+    /// Made when the first of its queues is started: a driver that uses few queues costs few threads.
+    wakers: OnceLock<Wakers>,
+    poll: Duration,
+    /// The processor that it is to run on.
+    pin: Option<u32>,
+}
+
+impl Worker {
+    fn new(number: usize, queues: Vec<usize>, poll: Duration, pin: Option<u32>) -> Self {
+        Worker {
+            number,
+            queues,
+            tools: Mutex::new(None),
+            wakers: OnceLock::new(),
+            poll,
+            pin,
+        }
+    }
+
+    /// What wakes it, from now on. Only the thread of the connection calls this.
+    fn use_wakers(&self) -> io::Result<&Wakers> {
+        if self.wakers.get().is_none() {
+            let made = Wakers::new()?;
+            return Ok(self.wakers.get_or_init(|| made));
+        }
+        self.wakers
+            .get()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn new_tools(&self) -> Tools {
+        Tools {
+            workspace: Workspace::new(),
+            patience: Patience::new(self.poll),
+            sampler: Sampler::default(),
+            pin: self.pin,
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(wakers) = self.wakers.get() {
+            wakers.ring();
+        }
+    }
 }
 
 struct Tools {
     workspace: Workspace,
     patience: Patience,
+    /// Which requests are timed.
+    sampler: Sampler,
     /// The processor that the worker is to run on, until it does.
     pin: Option<u32>,
 }
@@ -99,13 +146,15 @@ impl Device {
     pub fn new(guest: Arc<Guest>) -> io::Result<Self> {
         let offer = &guest.offer;
         let queues: Vec<usize> = (1..=usize::from(offer.request_queues)).collect();
-        let groups = queues.len().min(offer.workers()).max(1);
+        let groups = offer.groups();
         let events = usize::from(EVENT_QUEUE);
-        let mut workers = vec![Self::worker(vec![events], offer.poll, None)?];
+        let events = Worker::new(EVENT_WORKER, vec![events], offer.poll, None);
+        events.use_wakers()?;
+        let mut workers = vec![events];
         let mut pins = offer.pin.iter().copied().cycle();
         for group in 0..groups {
             let mine = queues.iter().copied().skip(group).step_by(groups).collect();
-            workers.push(Self::worker(mine, offer.poll, pins.next())?);
+            workers.push(Worker::new(1 + group, mine, offer.poll, pins.next()));
         }
         let rings = (0..=queues.len()).map(|_| Ring::new(offer.queue_size).map(Mutex::new));
         let rings = rings.collect::<Result<_, _>>().map_err(io::Error::other)?;
@@ -123,27 +172,14 @@ impl Device {
         })
     }
 
-    fn worker(queues: Vec<usize>, poll: Duration, pin: Option<u32>) -> io::Result<Worker> {
-        let tools = Tools {
-            workspace: Workspace::new(),
-            patience: Patience::new(poll),
-            pin,
-        };
-        Ok(Worker {
-            queues,
-            tools: Mutex::new(tools),
-            wakers: Wakers::new()?,
-        })
-    }
-
     /// How many workers there are.
     pub fn workers(&self) -> usize {
         self.workers.len()
     }
 
-    /// What wakes worker `number`.
+    /// What wakes worker `number`; nothing as long as none of its queues was ever started.
     pub fn wakers(&self, number: usize) -> Option<&Wakers> {
-        self.workers.get(number).map(|worker| &worker.wakers)
+        self.workers.get(number)?.wakers.get()
     }
 
     /// The queues, by number; 0 is the event queue.
@@ -186,7 +222,7 @@ impl Device {
         // It cannot be full: this is written once or twice.
         let _ = rustix::io::write(&self.over, &1u64.to_ne_bytes());
         for worker in &self.workers {
-            worker.wakers.ring();
+            worker.wake();
         }
         // At last, and not locked: closing may take as long as a front-end likes.
         drop(channel);
@@ -289,7 +325,7 @@ impl Device {
         let ring = self.rings.get(index).ok_or_else(missing)?;
         let changed = change(&mut ring.lock());
         if let Some(worker) = self.worker_of(index) {
-            worker.wakers.ring();
+            worker.wake();
         }
         changed
     }
@@ -305,7 +341,7 @@ impl Device {
     /// When nobody can be woken by `kick`.
     pub fn start_ring(&self, index: usize, kick: OwnedFd) -> Result<(), NotifierError> {
         if let (Some(worker), Some(ring)) = (self.worker_of(index), self.rings.get(index)) {
-            let wakers = &worker.wakers;
+            let wakers = worker.use_wakers()?;
             wakers.add(&kick)?;
             let mut ring = ring.lock();
             ring.with_kick(|before| wakers.remove(before));
@@ -321,7 +357,11 @@ impl Device {
     pub fn stop_ring(&self, index: usize) {
         if let (Some(worker), Some(ring)) = (self.worker_of(index), self.rings.get(index)) {
             let mut ring = ring.lock();
-            ring.with_kick(|kick| worker.wakers.remove(kick));
+            ring.with_kick(|kick| {
+                if let Some(wakers) = worker.wakers.get() {
+                    wakers.remove(kick);
+                }
+            });
             ring.stop();
         }
     }
@@ -329,7 +369,7 @@ impl Device {
     /// Has all workers look at their rings.
     pub(crate) fn look(&self) {
         for worker in &self.workers {
-            worker.wakers.ring();
+            worker.wake();
         }
     }
 
@@ -377,11 +417,14 @@ impl Device {
     /// Serves a group of request queues until all of them are empty, and have been for a while.
     fn serve_requests(&self, worker: &Worker, most: u64) {
         let mut tools = worker.tools.lock();
+        let tools = tools.get_or_insert_with(|| worker.new_tools());
         let Tools {
             workspace,
             patience,
+            sampler,
             pin,
-        } = &mut *tools;
+        } = tools;
+        let figures = self.guest.figures.of(worker.number);
         if let Some(processor) = pin.take() {
             self.run_on(processor);
         }
@@ -389,14 +432,14 @@ impl Device {
             let number = worker.queues.iter().copied();
             number.filter_map(|queue| self.rings.get(queue).map(|ring| (queue, ring)))
         };
-        Counters::add(&self.guest.counters.wakeups, 1);
+        figures.wakeups.add(1);
         patience.wakes(Instant::now());
         let mut idle_since = None;
         let mut rounds = 0..most;
         while !self.is_closing() && rounds.next().is_some() {
             let mut worked = false;
             for (queue, ring) in rings() {
-                worked |= self.serve_batch(queue, ring, workspace) > 0;
+                worked |= self.serve_batch(queue, ring, workspace, (figures, sampler)) > 0;
             }
             if worked {
                 idle_since = None;
@@ -456,7 +499,13 @@ impl Device {
     }
 
     /// Executes and completes a bounded number of chains of one queue. Returns how many.
-    fn serve_batch(&self, queue: usize, ring: &Mutex<Ring>, workspace: &mut Workspace) -> u32 {
+    fn serve_batch(
+        &self,
+        queue: usize,
+        ring: &Mutex<Ring>,
+        workspace: &mut Workspace,
+        (figures, sampler): (&WorkerFigures, &mut Sampler),
+    ) -> u32 {
         // Locked for the batch: GET_VRING_BASE waits for it, and so never reports an index
         // that is behind what we execute.
         let ring = ring.lock();
@@ -466,7 +515,7 @@ impl Device {
         }
         let mut batch = Batch::default();
         let outcome = self
-            .execute_batch(&mut serving, workspace, &mut batch)
+            .execute_batch(&mut serving, workspace, (figures, sampler), &mut batch)
             // What was completed before a fault is completed.
             .and(if batch.chains > 0 {
                 serving.wants_interrupt()
@@ -482,7 +531,7 @@ impl Device {
             Ok(true) => {
                 // Whoever waits for the ring comes first: a front-end that wants to change it.
                 MutexGuard::unlock_fair(ring);
-                Counters::add(&self.guest.counters.interrupts, 1);
+                figures.interrupts.add(1);
                 notify(call);
             }
             Ok(false) => MutexGuard::unlock_fair(ring),
@@ -500,6 +549,7 @@ impl Device {
         &self,
         ring: &mut Serving<'_>,
         workspace: &mut Workspace,
+        (figures, sampler): (&WorkerFigures, &mut Sampler),
         batch: &mut Batch,
     ) -> Result<(), Fault> {
         let waiting = ring.pending()?;
@@ -515,17 +565,24 @@ impl Device {
             features: terms.features,
             max_pools: self.guest.offer.max_pools,
         };
-        let counters = &self.guest.counters;
+        // When they were seen in the ring; asked only if one of them will be timed.
+        let seen = sampler.picks_within(waiting).then(Instant::now);
         let memory = Arc::clone(ring.memory());
         let (limit, table) = (u32::from(waiting).min(BATCH_CHAINS), ring.table());
         while batch.chains < limit && batch.pages < BATCH_PAGES {
             let head = ring.next()?;
+            let taken = sampler.picks().then(Instant::now);
             let parsed = workspace.chain().parse(&memory, table, head, &terms);
             let effect = execute(target, &memory, workspace, parsed);
             // Before anybody can see the answer, so that who has it finds it counted.
             batch.changed |= effect.changed;
-            Counters::add(&counters.requests, 1);
-            Counters::add(&counters.malformed, u64::from(effect.malformed));
+            figures.requests.add(1);
+            if effect.malformed {
+                figures.malformed.add(1);
+            }
+            if let Some(taken) = taken {
+                time(figures, seen, taken, &effect);
+            }
             ring.complete(head, effect.used)?;
             batch.chains += 1;
             batch.pages += effect.pages;
@@ -548,6 +605,7 @@ impl Device {
             return;
         };
         let mut tools = worker.tools.lock();
+        let tools = tools.get_or_insert_with(|| worker.new_tools());
         // A bounded number of buffers at a time, so that whoever wants the ring gets it in between.
         let mut rounds = 0..most;
         while !self.is_closing() && rounds.next().is_some() {
@@ -616,11 +674,25 @@ impl Device {
             if !matches!(delivered, Ok(true)) {
                 mailbox.put_back(event);
             }
-            Counters::add(&self.guest.counters.events, u64::from(delivered?));
+            self.guest
+                .figures
+                .of(EVENT_WORKER)
+                .events
+                .add(u64::from(delivered?));
             batch.chains += 1;
         }
         // New buffers matter only while something waits for one.
         Ok(ring.listen()? && !mailbox.is_empty())
+    }
+}
+
+/// Records what a timed request took.
+fn time(figures: &WorkerFigures, seen: Option<Instant>, taken: Instant, effect: &Effect) {
+    if let Some(kind) = effect.timed {
+        figures.record(kind, taken.elapsed());
+    }
+    if let Some(seen) = seen {
+        figures.record(Kind::Queueing, taken.saturating_duration_since(seen));
     }
 }
 

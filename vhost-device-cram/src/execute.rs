@@ -16,6 +16,7 @@ use cram_store::{
 };
 
 use crate::balance::Balance;
+use crate::figures::Kind;
 use crate::request::{Chain, Parsed, Request};
 use crate::vhost::memory::Memory;
 
@@ -33,6 +34,8 @@ pub struct Effect {
     pub malformed: bool,
     /// The store may hold another amount than before.
     pub changed: bool,
+    /// As what its time counts, if it is timed.
+    pub timed: Option<Kind>,
 }
 
 /// Memory that a worker executes requests in. Made once, so that a request allocates nothing.
@@ -141,6 +144,7 @@ pub fn execute(
             }
             Request::Put(pool, object, count) => {
                 effect.changed = true;
+                effect.timed = Some(Kind::Put);
                 effect.pages = put(
                     target,
                     memory,
@@ -153,6 +157,7 @@ pub fn execute(
             }
             Request::Get(pool, object, count) => {
                 effect.changed = true;
+                effect.timed = Some(Kind::Get);
                 effect.pages = get(
                     target,
                     memory,

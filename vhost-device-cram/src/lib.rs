@@ -3,7 +3,7 @@
 //! The cram device's back-end: many guests, one compressed store.
 //!
 //! ```text
-//! QEMU ── vhost-user socket ──► server ─► vhost (messages, memory) ─► backend (the rings' set-up)
+//! QEMU ── vhost-user socket ──► connection ─► vhost (messages, memory) ─► backend (the rings' set-up)
 //!   guest ── virtqueues ──────► worker ─► device ─► ring ─► request ─► execute ─► cram-store
 //!                                          events ◄── announce (pressure, quota)
 //! cramctl ── control socket ──► control ─► methods
@@ -24,6 +24,7 @@
 //!   touched it before.
 //! - [`device`] is one connection (a front-end that is attached now); [`client`] is the guest
 //!   behind a socket, which outlives its connections.
+//! - [`roster`] is the list of guests, which come and go while the daemon runs.
 //! - [`balance`] is what the operator wants of a guest's memory, and what its driver reports.
 //! - [`sandbox`] is what the process gives up when all is open and nothing runs yet: afterwards,
 //!   a room that opens a file, or makes an unusual system call, finds that it cannot.
@@ -31,24 +32,35 @@
 //! `docs/protocol.md` is the contract with the guest, `docs/threat-model.md` says who is
 //! trusted with what.
 
+pub mod address;
 pub mod announce;
 pub mod backend;
 pub mod balance;
 pub mod cli;
 pub mod client;
+pub mod config;
+mod connection;
 pub mod control;
 pub mod device;
 pub mod events;
 pub mod execute;
+pub mod figures;
 pub mod first_touch;
+pub mod limits;
+pub mod metrics;
+pub mod options;
 pub mod patience;
 pub mod report;
 pub mod request;
 pub mod ring;
+pub mod roster;
 pub mod sandbox;
 pub mod server;
+pub mod service;
+pub mod shared;
 pub mod sigbus;
 pub mod size;
 pub mod socket;
+mod stop;
 pub mod vhost;
 pub mod worker;

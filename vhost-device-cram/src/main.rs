@@ -6,12 +6,13 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
 use clap::error::ErrorKind;
-use vhost_device_cram::cli::{Arguments, Sandbox};
+use vhost_device_cram::cli::{Arguments, Sandbox, Unread};
+use vhost_device_cram::limits;
 use vhost_device_cram::sandbox::seccomp::Reaction;
 use vhost_device_cram::sandbox::{self, SandboxError};
 use vhost_device_cram::server::{Daemon, Options, Ready};
+use vhost_device_cram::service::Service;
 
 /// Exit status of a wrong command line, as elsewhere.
 const USAGE: u8 = 2;
@@ -19,15 +20,22 @@ const USAGE: u8 = 2;
 const STOP_MAX: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
+    let arguments = match Arguments::read(std::env::args_os()) {
         Ok(arguments) => arguments,
-        Err(error) => return usage(&error),
+        Err(Unread::CommandLine(error)) => return usage(&error),
+        Err(Unread::File(message)) => return fail(USAGE, &message),
     };
+    if arguments.print_capabilities {
+        // As QEMU's vhost-user convention has it; there are no features to choose from.
+        println!("{{\n  \"type\": \"cram\"\n}}");
+        return ExitCode::SUCCESS;
+    }
     start_log(arguments.log_level);
     let options = match arguments.options() {
         Ok(options) => options,
         Err(error) => return fail(USAGE, &error),
     };
+    limits::raise_descriptors();
     // Before there is any other thread, so that all of them leave the signals to this one.
     let signals = match EndSignals::block() {
         Ok(signals) => signals,
@@ -38,6 +46,10 @@ fn main() -> ExitCode {
         Ok(ready) => ready,
         Err(error) => return fail(1, &error.to_string()),
     };
+    // Asked now, since a confined process cannot.
+    limits::report(&options.offer, options.guests.len());
+    let service = Service::connect();
+    service.ready();
     if let Err(error) = confine(arguments.sandbox, &options) {
         return fail(1, &error.to_string());
     }
@@ -45,14 +57,22 @@ fn main() -> ExitCode {
         Ok(daemon) => daemon,
         Err(error) => return fail(1, &error.to_string()),
     };
+    let watchdog = match service.watch(daemon.shared()) {
+        Ok(watchdog) => watchdog,
+        Err(error) => return fail(1, &format!("cannot watch: {error}")),
+    };
     for guest in &options.guests {
         log::info!("listening on {} for {}", guest.socket.display(), guest.name);
+    }
+    if let Some(address) = &options.metrics {
+        log::info!("metrics on {address}");
     }
     if let Some(path) = &options.control_socket {
         log::info!("control socket {}", path.display());
     }
     let signal = signals.wait();
     log::info!("ending on signal {signal}");
+    service.stopping();
     if options.store.arena.is_none() {
         warn_of_losses(&daemon);
     }
@@ -63,12 +83,13 @@ fn main() -> ExitCode {
         std::process::exit(1);
     });
     daemon.stop();
+    drop(watchdog);
     ExitCode::SUCCESS
 }
 
 /// Says whose pages end with the daemon.
 fn warn_of_losses(daemon: &Daemon) {
-    for guest in &daemon.shared().guests {
+    for guest in daemon.shared().guests.list() {
         let pages = guest.account.stats().pages_stored;
         if pages > 0 {
             log::warn!(

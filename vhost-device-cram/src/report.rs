@@ -311,6 +311,110 @@ pub fn clients(answer: &Value) -> String {
     table(&rows, 3)
 }
 
+/// The answer to `stats` as a list of guests: what they hold and may hold, and what they are told.
+pub fn guests(answer: &Value) -> String {
+    let heading = [
+        "guest", "state", "copies", "pages", "held", "quota", "weight", "pressure", "reclaim",
+    ];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for client in list(answer, "clients") {
+        rows.push(vec![
+            text(client, "name").to_owned(),
+            state(client).to_owned(),
+            text(client, "copies").to_owned(),
+            number(client, "pages_stored").to_string(),
+            size::show(number(client, "mem_used_total")),
+            size::show(number(client, "quota_bytes")),
+            number(client, "weight").to_string(),
+            number(client, "pressure").to_string(),
+            size::show(number(client, "reclaim_bytes")),
+        ]);
+    }
+    table(&rows, 3)
+}
+
+/// The answer to `stats` as a list of pools, of one client or of all.
+pub fn pools(answer: &Value, client: Option<&str>) -> String {
+    let heading = [
+        "client",
+        "pool",
+        "kind",
+        "pages",
+        "data",
+        "compressed",
+        "puts",
+        "gets",
+        "missing",
+    ];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for owner in list(answer, "clients") {
+        let name = text(owner, "name");
+        if client.is_some_and(|client| client != name) {
+            continue;
+        }
+        for pool in list(owner, "pools") {
+            rows.push(vec![
+                name.to_owned(),
+                number(pool, "id").to_string(),
+                text(pool, "kind").to_owned(),
+                number(pool, "pages_stored").to_string(),
+                size::show(number(pool, "orig_data_size")),
+                size::show(number(pool, "compr_data_size")),
+                number(pool, "puts").to_string(),
+                number(pool, "gets").to_string(),
+                number(pool, "gets_missing").to_string(),
+            ]);
+        }
+    }
+    table(&rows, 3)
+}
+
+/// The answer to `guest.add` and `guest.set`.
+pub fn guest(answer: &Value) -> String {
+    format!(
+        "{}: {}, on {}; quota {}, weight {}, copies {}, auto-squeeze {}; {} pages\n",
+        text(answer, "client"),
+        state(answer),
+        text(answer, "socket"),
+        size::show(number(answer, "quota_bytes")),
+        number(answer, "weight"),
+        text(answer, "copies"),
+        if flag(answer, "auto_squeeze") {
+            "on"
+        } else {
+            "off"
+        },
+        number(answer, "pages"),
+    )
+}
+
+/// The answer to `stats.histogram`.
+pub fn histogram(answer: &Value) -> String {
+    let heading = [
+        "client", "what", "timed", "50%", "90%", "99%", "99.9%", "most",
+    ];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for client in list(answer, "clients") {
+        for kind in ["put", "get", "queueing"] {
+            let times = client.get(kind).unwrap_or(&Value::Null);
+            let mut row = vec![text(client, "name").to_owned(), kind.to_owned()];
+            row.push(number(times, "count").to_string());
+            for name in ["p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns"] {
+                row.push(match times.get(name).and_then(Value::as_u64) {
+                    None => "-".to_owned(),
+                    Some(ns) => format!("{}.{:03} us", ns / 1000, ns % 1000),
+                });
+            }
+            rows.push(row);
+        }
+    }
+    format!(
+        "{}one request in {} is timed\n",
+        table(&rows, 2),
+        number(answer, "timed_one_in")
+    )
+}
+
 /// The answer to `store.compact`.
 pub fn compacted(answer: &Value) -> String {
     format!(
@@ -468,6 +572,12 @@ mod tests {
             let _ = (
                 stats(&odd, Some((Duration::ZERO, &odd))),
                 clients(&odd),
+                (
+                    guests(&odd),
+                    pools(&odd, None),
+                    guest(&odd),
+                    histogram(&odd),
+                ),
                 methods(&odd),
                 version(&odd),
                 anatomy(&odd),

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +22,12 @@ pub enum SocketError {
         "socket {0}: another process is listening on it; stop that one, or choose another path"
     )]
     Busy(PathBuf),
+    /// A socket is there, and a confined process, which connects to nothing, cannot ask whose it is.
+    #[error(
+        "socket {0}: there is one already, and a running daemon does not ask whose it is; remove it if \
+         nobody listens on it, or choose another path"
+    )]
+    Unknown(PathBuf),
     /// Something else has that name.
     #[error(
         "socket {0}: a file that is not a socket has this name; remove it, or choose another path"
@@ -48,6 +54,17 @@ pub enum SocketError {
     /// The path does not fit into a socket address.
     #[error("socket {0}: the path is longer than {PATH_MAX} bytes; choose a shorter one")]
     TooLong(PathBuf),
+    /// It cannot be given to these.
+    #[error(
+        "socket {path}: cannot set its mode and group: {error}; a user can give a socket to groups \
+         that he is in"
+    )]
+    Permissions {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
     /// Anything else.
     #[error("socket {path}: {error}")]
     Other {
@@ -56,6 +73,43 @@ pub enum SocketError {
         /// What the system said.
         error: io::Error,
     },
+}
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permissions {
+    /// The bits of its mode.
+    pub mode: u32,
+    /// Its group, by number; that of the process when not given.
+    pub group: Option<u32>,
+}
+
+impl Permissions {
+    /// Nobody but this user (and root).
+    pub const PRIVATE: Self = Permissions {
+        mode: 0o600,
+        group: None,
+    };
+}
+
+/// The number of a group: a name of /etc/group, or a number.
+///
+/// # Errors
+/// When there is none.
+pub fn group(text: &str) -> Result<u32, String> {
+    const GROUPS: &str = "/etc/group";
+    if let Ok(number) = text.parse() {
+        return Ok(number);
+    }
+    let groups = fs::read_to_string(GROUPS).unwrap_or_default();
+    let mut numbers = groups.lines().filter_map(|line| {
+        let mut words = line.split(':');
+        let is_it = words.next() == Some(text);
+        is_it.then(|| words.nth(1)?.parse().ok())?
+    });
+    numbers
+        .next()
+        .ok_or_else(|| format!("there is no group \"{text}\" in {GROUPS}; write its number"))
 }
 
 /// A listening socket whose file goes when it goes, unless somebody put another one there.
@@ -68,22 +122,48 @@ pub struct BoundSocket {
 }
 
 impl BoundSocket {
-    /// Listens on `path`. The socket file of a process that is gone is replaced. With
-    /// `private`, nobody but this user may connect, from the first moment on.
-    pub fn listen(path: &Path, private: bool) -> Result<Self, SocketError> {
-        if path.as_os_str().len() > PATH_MAX {
-            return Err(SocketError::TooLong(path.to_owned()));
-        }
+    /// Listens on `path`. The socket file of a process that is gone is replaced. With permissions,
+    /// nobody else can connect, from the first moment on; without, the umask says who can.
+    ///
+    /// # Errors
+    /// What is in the way; nothing is left behind then.
+    pub fn listen(path: &Path, permissions: Option<&Permissions>) -> Result<Self, SocketError> {
+        check_length(path)?;
         remove_stale(path)?;
-        let listener = bind(path, private).map_err(|error| explain(path, error))?;
+        Self::bind(path, permissions)
+    }
+
+    /// As [`Self::listen`], where nothing has that name yet: all that a confined process can do.
+    ///
+    /// # Errors
+    /// As there; also when there is a socket already.
+    pub fn listen_anew(path: &Path) -> Result<Self, SocketError> {
+        check_length(path)?;
+        match fs::symlink_metadata(path) {
+            Ok(data) if data.file_type().is_socket() => Err(SocketError::Unknown(path.to_owned())),
+            Ok(_) => Err(SocketError::NotASocket(path.to_owned())),
+            Err(_) => Self::bind(path, None),
+        }
+    }
+
+    fn bind(path: &Path, permissions: Option<&Permissions>) -> Result<Self, SocketError> {
+        let is_private = permissions.is_some();
+        let listener = bind(path, is_private).map_err(|error| explain(path, error))?;
         let identity = fs::symlink_metadata(path)
             .ok()
             .map(|data| (data.dev(), data.ino()));
-        Ok(BoundSocket {
+        let socket = BoundSocket {
             listener,
             path: path.to_owned(),
             identity,
-        })
+        };
+        if let Some(permissions) = permissions {
+            permit(path, permissions).map_err(|error| SocketError::Permissions {
+                path: path.to_owned(),
+                error,
+            })?;
+        }
+        Ok(socket)
     }
 
     /// The listener.
@@ -126,6 +206,32 @@ fn explain(path: &Path, error: io::Error) -> SocketError {
     }
 }
 
+fn check_length(path: &Path) -> Result<(), SocketError> {
+    if path.as_os_str().len() > PATH_MAX {
+        return Err(SocketError::TooLong(path.to_owned()));
+    }
+    Ok(())
+}
+
+/// Removes the sockets in a folder on which nobody listens any more.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn sweep(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let is_socket =
+            |path| fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
+        if is_socket(&path)
+            && let Err(error) = remove_stale(&path)
+            && !matches!(error, SocketError::Busy(_))
+        {
+            log::warn!("{error}");
+        }
+    }
+    Ok(())
+}
+
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let data = match fs::symlink_metadata(path) {
         Ok(data) => data,
@@ -146,6 +252,17 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
         }
         Err(error) => Err(explain(path, error)),
     }
+}
+
+/// The group first: nobody else is let in meanwhile.
+fn permit(path: &Path, permissions: &Permissions) -> io::Result<()> {
+    if let Some(group) = permissions.group {
+        std::os::unix::fs::chown(path, None, Some(group))?;
+    }
+    if *permissions != Permissions::PRIVATE {
+        fs::set_permissions(path, fs::Permissions::from_mode(permissions.mode))?;
+    }
+    Ok(())
 }
 
 fn bind(path: &Path, private: bool) -> io::Result<UnixListener> {

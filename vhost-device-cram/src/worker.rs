@@ -93,7 +93,8 @@ impl Wakers {
 pub struct Workers {
     device: Arc<Device>,
     running: Arc<Running>,
-    threads: Vec<JoinHandle<()>>,
+    /// By the worker's number, once it runs.
+    threads: Vec<Option<JoinHandle<()>>>,
 }
 
 /// Which threads have not ended.
@@ -146,7 +147,7 @@ impl Drop for Registered<'_> {
 }
 
 impl Workers {
-    /// Starts the workers of `device`.
+    /// The workers of `device`: that of events, and the others when they are needed.
     ///
     /// # Errors
     /// When there are no threads left.
@@ -155,10 +156,24 @@ impl Workers {
         let mut workers = Workers {
             device: Arc::clone(device),
             running: Arc::default(),
-            threads: Vec::new(),
+            threads: (0..device.queues_per_thread().len())
+                .map(|_| None)
+                .collect(),
         };
-        for number in 0..device.queues_per_thread().len() {
-            let (device, running) = (Arc::clone(device), Arc::clone(&workers.running));
+        workers.start_needed()?;
+        Ok(workers)
+    }
+
+    /// Starts those of which a queue was started in the meantime.
+    ///
+    /// # Errors
+    /// When there are no threads left.
+    pub fn start_needed(&mut self) -> io::Result<()> {
+        for (number, slot) in self.threads.iter_mut().enumerate() {
+            if slot.is_some() || self.device.wakers(number).is_none() {
+                continue;
+            }
+            let (device, running) = (Arc::clone(&self.device), Arc::clone(&self.running));
             let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
             let work = move || {
                 let _registered = running.register();
@@ -166,11 +181,11 @@ impl Workers {
                 run(&device, number);
             };
             let thread = thread::Builder::new().name("worker".to_owned());
-            workers.threads.push(thread.spawn(work)?);
+            *slot = Some(thread.spawn(work)?);
             // Registered before anybody can wait for its end.
             let _ = is_ready.recv();
         }
-        Ok(workers)
+        Ok(())
     }
 }
 
@@ -178,7 +193,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.device.close();
         self.running.wait_ended();
-        for thread in self.threads.drain(..) {
+        for thread in self.threads.drain(..).flatten() {
             if thread.join().is_err() {
                 log::error!("a worker could not even end");
             }

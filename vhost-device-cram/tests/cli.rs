@@ -160,7 +160,7 @@ fn a_wrong_command_line_gets_one_line_that_says_what_to_do() {
     for (words, message) in [
         (
             &[][..],
-            "--capacity <SIZE>, --socket-path <SOCKET> is missing; see --help",
+            "--socket-path <SOCKET>, --capacity <SIZE> is missing; see --help",
         ),
         (&["-s", "x"], "--capacity <SIZE> is missing; see --help"),
         (
@@ -444,6 +444,162 @@ fn cramctl_shows_and_sets() {
             .cramctl(&["call", "version"])
             .contains("\"schema\":1")
     );
+}
+
+/// With a process of another user, where we may start one; root may change everything either way.
+#[test]
+fn who_is_let_in_by_the_mode_may_only_look() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    const NOBODY: u32 = 65534;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    // The place where it was built may be out of nobody's reach.
+    let copy = folder.path().join("cramctl");
+    std::fs::copy(CRAMCTL, &copy).unwrap();
+    let daemon = Daemon::start_in(folder, &["--control-mode", "0666"]);
+    assert_eq!(daemon.cramctl(&["weight", "vm1", "7"]), "vm1: weight 7\n");
+    let is_root = rustix::process::geteuid().is_root();
+    let ask = |words: &[&str]| {
+        let mut command = Command::new(&copy);
+        command.args(["-C", "control.sock"]).args(words);
+        if is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command.current_dir(daemon.folder.path()).output().unwrap()
+    };
+    let looked = ask(&["clients"]);
+    assert!(looked.status.success(), "{looked:?}");
+    let changed = ask(&["weight", "vm1", "8"]);
+    let said = String::from_utf8_lossy(&changed.stderr);
+    assert_eq!(changed.status.success(), !is_root, "{said}");
+    assert_eq!(said.contains("user 65534, process "), is_root, "{said}");
+    let now = if is_root { "7" } else { "8" };
+    assert_eq!(
+        daemon.cramctl(&["--json", "call", "client.weight", r#"{"client":"vm1"}"#]),
+        format!("{{\"client\":\"vm1\",\"weight\":{now}}}\n")
+    );
+}
+
+/// A daemon's options and guests from a file; what is given by hand counts more.
+#[test]
+fn a_configuration_file_has_options_and_guests() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "capacity = \"32M\"\ncontrol-socket = \"other.sock\"\nnum-queues = 3\n\n\
+                [[guest]]\nname = \"db\"\nsocket = \"db.sock\"\nquota = \"12M\"\nweight = 50\n\
+                copies = \"keep\"\n";
+    std::fs::write(folder.path().join("cram.toml"), text).unwrap();
+    let daemon = Daemon::start_in(folder, &["--config", "cram.toml"]);
+    let guests = daemon.cramctl(&["guests"]);
+    let row = guests.lines().find(|line| line.starts_with("db ")).unwrap();
+    for word in ["keep", "12 MiB", "50"] {
+        assert!(row.contains(word), "{guests}");
+    }
+    assert!(daemon.cramctl(&["clients"]).contains("vm2"));
+    assert!(daemon.cramctl(&["stats"]).contains(" of 64 MiB"));
+    assert!(!daemon.path("other.sock").exists());
+}
+
+#[test]
+fn a_wrong_configuration_file_is_explained_with_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let guest =
+        |name: &str, socket: &str| format!("[[guest]]\nname = \"{name}\"\nsocket = \"{socket}\"\n");
+    for (text, message) in [
+        (
+            "capacity = \"1G\"\ncolour = 1\n".to_owned(),
+            "file, line 2: unknown field `colour`",
+        ),
+        (
+            "capacity = \"1G\"\n\nnum-queues = 99\n".to_owned(),
+            "file, line 3: invalid value '99' for '--num-queues <N>'",
+        ),
+        (
+            "capacity = \"12Q\"\n".to_owned(),
+            "file, line 1: invalid value '12Q' for '--capacity <SIZE>'",
+        ),
+        (
+            format!("capacity = \"1G\"\n{}colour = 1\n", guest("a", "a.sock")),
+            "file, line 5: unknown field `colour`",
+        ),
+        (
+            format!("capacity = \"1G\"\n{}{}", guest("a", "x"), guest("a", "y")),
+            "two guests would be called a;",
+        ),
+        (
+            format!("capacity = \"1G\"\n{}{}", guest("a", "x"), guest("b", "x")),
+            "socket x is given twice;",
+        ),
+        (
+            format!("capacity = \"1M\"\n{}quota = \"2M\"\n", guest("a", "x")),
+            "a: quota 2 MiB is more than --capacity 1 MiB;",
+        ),
+        (guest("a", "x"), "--capacity <SIZE> is missing; see --help"),
+        (
+            "capacity = \"1G\"\n".to_owned(),
+            "there is no guest; give --socket-path",
+        ),
+    ] {
+        std::fs::write(at.join("file"), &text).unwrap();
+        let said = complaint(DAEMON, at, &["--config", "file"], 2);
+        assert!(said.starts_with(message), "{text}: {said}");
+    }
+    let said = complaint(DAEMON, at, &["--config", "absent"], 2);
+    assert!(
+        said.starts_with("cannot read absent: No such file"),
+        "{said}"
+    );
+    let words = ["-c", "1G", "-s", "x", "--control-group", "0"];
+    let said = complaint(DAEMON, at, &words, 2);
+    assert!(said.contains("need a --control-socket"), "{said}");
+    assert!(!at.join("x").exists());
+}
+
+#[test]
+fn guests_come_and_go_by_cramctl() {
+    let daemon = Daemon::start();
+    let added = daemon.cramctl(&[
+        "guest", "add", "db", "db.sock", "--quota", "12M", "--weight", "50",
+    ]);
+    assert_eq!(
+        added,
+        "db: away, on db.sock; quota 12 MiB, weight 50, copies free, auto-squeeze off; 0 pages\n"
+    );
+    assert!(daemon.path("db.sock").exists());
+    let set = daemon.cramctl(&["guest", "set", "db", "--frozen", "true", "--copies", "keep"]);
+    assert!(
+        set.contains("away, frozen") && set.contains("copies keep"),
+        "{set}"
+    );
+    assert!(daemon.cramctl(&["pools"]).starts_with("client  pool  kind"));
+    assert!(
+        daemon
+            .cramctl(&["histogram", "db"])
+            .contains("one request in 17")
+    );
+    let json = daemon.cramctl(&["--json", "guests"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["clients"][2]["name"], "db");
+    assert_eq!(
+        daemon.cramctl(&["guest", "remove", "db"]),
+        "db: removed; 0 pages kept for when it is added again\n"
+    );
+    assert!(!daemon.path("db.sock").exists());
+}
+
+#[test]
+fn shells_get_completions() {
+    let folder = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        let output = run(CRAMCTL, folder.path(), &["completions", shell]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(
+            output.status.success() && text.contains("give-back"),
+            "{shell}"
+        );
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod clean;
 mod command;
 mod demo;
 mod fuzz;
+mod package;
 mod parts;
 mod play;
 mod progress;
@@ -87,6 +88,10 @@ enum Subject {
     Build(Building<parts::BuildArgs>),
     /// Builds the kernel after each patch of the series, and runs checkpatch.pl on it
     CheckPatches(Building<check_patches::CheckPatchesArgs>),
+    /// Makes Debian packages of the daemon, its tools and the guest's module, in target/packages
+    Package,
+    /// Writes the manual pages into target/man
+    Man,
     /// Says what is missing on this machine, and changes nothing
     Doctor,
     /// Frees space in the cache, and says how much
@@ -119,6 +124,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Subject::Run(args) => return play::run(&args.own, args.sources),
         Subject::Build(args) => parts::build(&args.own, args.sources)?,
         Subject::CheckPatches(args) => check_patches::run(&args.own, args.sources)?,
+        Subject::Package => drop(package::run()?),
+        Subject::Man => package::manuals()?,
         Subject::Doctor => return system::doctor(),
         Subject::CleanCache(args) => clean::run(&args)?,
     }

@@ -205,6 +205,7 @@ mod tests {
         ("cargo", "asked for"),
         ("cp", "essential"),
         ("curl", "asked for"),
+        ("dpkg", "essential"),
         ("dpkg-deb", "essential"),
         ("dpkg-query", "essential"),
         ("dpkg-source", "dpkg-dev"),

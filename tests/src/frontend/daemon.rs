@@ -10,6 +10,7 @@ use serde_json::Value;
 use vhost_device_cram::client::Offer;
 use vhost_device_cram::control::client::Caller;
 use vhost_device_cram::server::{Daemon, GuestOptions, Options, StoreOptions};
+use vhost_device_cram::socket::Permissions;
 
 use super::device::{self, Guest};
 
@@ -48,6 +49,9 @@ impl TestDaemon {
                 .collect(),
             keep: None,
             control_socket: Some(folder.path().join("control.sock")),
+            control_permissions: Permissions::PRIVATE,
+            metrics: None,
+            guest_folders: Vec::new(),
             store: StoreOptions::with_capacity(capacity_bytes),
             quota_bytes: None,
             offer: Offer {

@@ -249,7 +249,8 @@ fn capacity_and_quota_are_never_exceeded() -> Result<()> {
 fn a_corrupt_page_is_said_to_be_one_until_it_is_put_again() -> Result<()> {
     let (daemon, mut guest) = start()?;
     guest.put(0, &[1, 2])?;
-    let account = &daemon.daemon().shared().guests[0].account;
+    let guests = daemon.daemon().shared().guests.list();
+    let account = &guests[0].account;
     let pool = account.pool(PoolId(0)).context("no pool")?;
     assert!(pool.flip_stored_bit(ObjectId([0; 3]), 1, 12_345));
     for _ in 0..2 {

@@ -2,12 +2,13 @@
 
 //! The control socket: JSON-RPC 2.0, one object per line.
 //!
-//! Whoever may connect (the socket has mode 0600) may do everything here, but nobody can hurt
-//! the guests by being slow: connections, lines and times are bounded, each connection has a
+//! Whoever may connect may look, and root and the daemon's own user may change things ([`peer`]);
+//! but nobody can hurt the guests by being slow: connections, lines and times are bounded, each connection has a
 //! thread of its own, and no method holds a lock that a guest's request could wait for.
 
 pub mod client;
 pub mod methods;
+pub mod peer;
 pub mod rpc;
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,8 +18,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::server::{Shared, Stop};
+use crate::control::peer::Peer;
+use crate::shared::Shared;
 use crate::socket::BoundSocket;
+use crate::stop::Stop;
 
 /// Longest line of a request, its end not counted.
 pub const LINE_MAX: usize = 64 * 1024;
@@ -34,7 +37,8 @@ const TICK: Duration = Duration::from_millis(500);
 /// Serves the control socket until the daemon stops.
 pub(crate) fn serve(shared: &Arc<Shared>, socket: &BoundSocket, stop: &Arc<Stop>) {
     let open = Arc::new(AtomicUsize::new(0));
-    while let Some(mut stream) = stop.accept(socket) {
+    let accept = || socket.listener().accept().map(|(stream, _)| stream);
+    while let Some(mut stream) = stop.accept(socket.listener(), accept) {
         if open.load(Ordering::Acquire) >= CONNECTIONS_MAX {
             let error = rpc::Error::new(rpc::BUSY, "too many control connections; try again later");
             let _ = stream.set_write_timeout(Some(TICK));
@@ -68,6 +72,7 @@ impl Drop for Counted {
 }
 
 fn converse(shared: &Shared, stop: &Stop, mut stream: UnixStream) -> io::Result<()> {
+    let peer = Peer::of(&stream)?;
     stream.set_read_timeout(Some(TICK))?;
     stream.set_write_timeout(Some(WRITE_MAX))?;
     let mut buffer = Vec::with_capacity(1024);
@@ -84,7 +89,7 @@ fn converse(shared: &Shared, stop: &Stop, mut stream: UnixStream) -> io::Result<
             && end <= LINE_MAX
         {
             let answer = rpc::answer(buffer.get(..end).unwrap_or_default(), |method, params| {
-                methods::call(shared, method, params)
+                methods::call(shared, &peer, method, params)
             });
             if let Some(answer) = answer {
                 stream.write_all(&answer)?;

@@ -18,6 +18,8 @@ pub const INTERNAL_ERROR: i32 = -32603;
 pub const BUSY: i32 = -32000;
 /// There is no client, or pool, of that name.
 pub const NOT_FOUND: i32 = -32001;
+/// Who asks may look and change nothing.
+pub const FORBIDDEN: i32 = -32002;
 
 /// An error as the caller sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,8 +2,8 @@
 
 //! Where in the file system the daemon can still do something: its sockets' directories.
 //!
-//! It removes its sockets when it ends. A rule for a directory holds for all that is below it, too.
-//! Everything else is refused: no file is opened, nothing is listed or made. Descriptors that are open
+//! It removes its sockets when it ends, and makes new ones for guests that are added. A rule for a directory holds for all that is below it, too.
+//! Everything else is refused: no file is opened, nothing else is listed or made. Descriptors that are open
 //! already, the arena's and those that a front-end hands over, are not touched by that.
 
 use std::collections::BTreeSet;
@@ -15,7 +15,8 @@ use landlock::{
 };
 
 use super::SandboxError;
-use crate::server::Options;
+use crate::address::Address;
+use crate::options::Options;
 use crate::socket::directory_of;
 
 /// The newest interface whose rights are asked for. What an older kernel does not know is left out.
@@ -30,16 +31,30 @@ pub enum Level {
     Abi(u32),
 }
 
-/// The directories in which files can be removed.
+/// Where something can be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Places(pub BTreeSet<PathBuf>);
+pub struct Places {
+    /// Directories in which files can be removed.
+    pub removing: BTreeSet<PathBuf>,
+    /// Directories in which sockets can be made, for guests that are added.
+    pub making: BTreeSet<PathBuf>,
+}
 
 impl Places {
     /// What a daemon with these options needs.
     pub fn of(options: &Options) -> Self {
         let sockets = options.guests.iter().map(|guest| &guest.socket);
-        let sockets = sockets.chain(&options.control_socket);
-        Self(sockets.map(|path| directory_of(path)).collect())
+        let metrics = match &options.metrics {
+            Some(Address::Unix(path)) => Some(path),
+            _ => None,
+        };
+        let sockets = sockets.chain(&options.control_socket).chain(metrics);
+        let making = options.folders();
+        let used = sockets.map(|path| directory_of(path));
+        Self {
+            removing: used.chain(making.iter().cloned()).collect(),
+            making,
+        }
     }
 }
 
@@ -56,12 +71,16 @@ pub fn restrict(places: &Places) -> Result<Level, SandboxError> {
         .scope(Scope::from_all(NEWEST))?
         .create()?;
     let remove = BitFlags::from(AccessFs::RemoveFile);
-    for path in &places.0 {
+    for path in &places.removing {
+        let allowed = match places.making.contains(path) {
+            true => remove | AccessFs::MakeSock,
+            false => remove,
+        };
         let directory = PathFd::new(path).map_err(|error| SandboxError::Directory {
             path: path.clone(),
             error,
         })?;
-        rules = rules.add_rule(PathBeneath::new(directory, remove))?;
+        rules = rules.add_rule(PathBeneath::new(directory, allowed))?;
     }
     let status = rules.restrict_self()?;
     Ok(match (status.ruleset, status.landlock) {

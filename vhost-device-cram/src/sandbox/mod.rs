@@ -7,8 +7,8 @@
 //! and reaches no other process. Two locks, each of which holds without the other:
 //!
 //! - [`seccomp`]: which system calls there are, and with which arguments.
-//! - [`landlock`]: where in the file system sockets can be removed; nothing else can be done to any
-//!   file.
+//! - [`landlock`]: where in the file system sockets can be made and removed; nothing else can be
+//!   done to any file.
 //!
 //! Besides, the process is not dumpable. No core dump and no other process of the same user gets
 //! at guests' pages.
@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::set_no_new_privs;
 
-use crate::server::Options;
+use crate::options::Options;
 
 /// Why the process cannot be confined.
 #[derive(Debug, thiserror::Error)]
@@ -90,8 +90,9 @@ pub fn confine(
 ) -> Result<Confinement, SandboxError> {
     set_no_new_privs(true)?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    let landlock = landlock::restrict(&landlock::Places::of(options))?;
+    let places = landlock::Places::of(options);
+    let landlock = landlock::restrict(&places)?;
     // The last, since landlock's calls are among those that there are no more.
-    seccomp::restrict(reaction)?;
+    seccomp::restrict(reaction, !places.making.is_empty())?;
     Ok(Confinement { landlock })
 }

@@ -97,14 +97,14 @@ pub enum Reaction {
     Kill,
 }
 
-/// Filters the system calls of all threads.
+/// Filters the system calls of all threads. Only who adds guests later makes sockets.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn restrict(reaction: Reaction) -> Result<(), Error> {
+pub fn restrict(reaction: Reaction, makes_sockets: bool) -> Result<(), Error> {
     // Compiled before the first is in force. The kernel asks all of them, and takes the strictest
     // answer; so the list comes last, and need not allow that a filter is laid on.
-    let filters = [absent()?, unopened()?, listed(reaction)?];
+    let filters = [absent()?, unopened()?, listed(reaction, makes_sockets)?];
     filters
         .iter()
         .try_for_each(|filter| apply_filter_all_threads(filter))
@@ -130,16 +130,33 @@ fn unopened() -> Result<BpfProgram, Error> {
     program(calls, SeccompAction::Allow, errno(libc::EPERM))
 }
 
-fn listed(reaction: Reaction) -> Result<BpfProgram, Error> {
+fn listed(reaction: Reaction, makes_sockets: bool) -> Result<BpfProgram, Error> {
     let plain = PLAIN.iter().chain(PLAIN_OLD);
     let mut calls: BTreeMap<c_long, Vec<SeccompRule>> =
         plain.map(|call| (*call, Vec::new())).collect();
     calls.extend(conditional()?);
+    if makes_sockets {
+        calls.extend(listening()?);
+    }
     let otherwise = match reaction {
         Reaction::Refuse => errno(libc::EPERM),
         Reaction::Kill => SeccompAction::KillProcess,
     };
     program(calls, otherwise, SeccompAction::Allow)
+}
+
+/// Sockets that are listened on: local ones of streams, which cannot send to an address. Landlock says
+/// where. Nothing connects them.
+fn listening() -> Result<Vec<(c_long, Vec<SeccompRule>)>, Error> {
+    let streams = rule([
+        is(0, flags(libc::AF_UNIX))?,
+        is(1, flags(libc::SOCK_STREAM | libc::SOCK_CLOEXEC))?,
+    ])?;
+    Ok(vec![
+        (libc::SYS_socket, vec![streams]),
+        (libc::SYS_bind, Vec::new()),
+        (libc::SYS_listen, Vec::new()),
+    ])
 }
 
 fn errno(number: i32) -> SeccompAction {
@@ -289,6 +306,7 @@ mod tests {
     fn no_call_is_listed_twice() {
         let mut calls: Vec<c_long> = PLAIN.iter().chain(PLAIN_OLD).copied().collect();
         calls.extend(conditional().unwrap().iter().map(|(call, _)| *call));
+        calls.extend(listening().unwrap().iter().map(|(call, _)| *call));
         let count = calls.len();
         calls.sort_unstable();
         calls.dedup();
@@ -312,6 +330,7 @@ mod tests {
             libc::SYS_mmap,
             libc::SYS_mprotect,
             libc::SYS_socket,
+            libc::SYS_connect,
             libc::SYS_memfd_create,
             libc::SYS_ftruncate,
         ] {

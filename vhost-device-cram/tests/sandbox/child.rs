@@ -10,6 +10,7 @@ use std::process::Command;
 use rustix::io::Errno;
 use vhost_device_cram::client::Offer;
 use vhost_device_cram::server::{GuestOptions, Options, StoreOptions};
+use vhost_device_cram::socket::Permissions;
 
 /// Names the folder to a child, and makes it one.
 const FOLDER: &str = "CRAM_SANDBOXED_IN";
@@ -64,6 +65,9 @@ pub(crate) fn options(folder: &Path) -> Options {
         guests: vec![GuestOptions::of_socket(guests.join("vm1.sock"))],
         keep: None,
         control_socket: Some(control.join("control.sock")),
+        control_permissions: Permissions::PRIVATE,
+        metrics: None,
+        guest_folders: Vec::new(),
         store: StoreOptions::with_capacity(64 << 20),
         quota_bytes: None,
         offer: Offer {

@@ -16,7 +16,7 @@ use vhost_device_cram::first_touch::Allowance;
 use vhost_device_cram::sandbox::confine;
 use vhost_device_cram::sandbox::landlock::Level;
 use vhost_device_cram::sandbox::seccomp::Reaction;
-use vhost_device_cram::server::Ready;
+use vhost_device_cram::server::{Options, Ready};
 use vhost_device_cram::sigbus::{Fate, Loss, watch};
 
 use crate::child::{self, options, refused};
@@ -157,7 +157,13 @@ fn there_is_no_network_and_no_way_around() {
     let ended = child::run(
         "forbidden::there_is_no_network_and_no_way_around",
         |folder| {
-            let _ready = locked(folder, Reaction::Refuse);
+            // Who cannot be asked to add a guest makes no socket.
+            let options = Options {
+                control_socket: None,
+                ..options(folder)
+            };
+            let _ready = Ready::new(&options).unwrap();
+            confine(&options, Reaction::Refuse).unwrap();
             let denied = |what: &str, result| refused(what, result, Errno::PERM);
             let stream = bits(libc::SOCK_STREAM);
             for family in [
@@ -284,7 +290,7 @@ fn no_file_is_opened_made_or_removed() {
         };
         refused("removing", std::fs::remove_file(&outside), Errno::ACCESS);
         for place in [folder.join("new.sock"), folder.join("control/new.sock")] {
-            refused("a socket", UnixListener::bind(place), Errno::PERM);
+            refused("a socket", UnixListener::bind(place), Errno::ACCESS);
         }
         std::fs::remove_file(&inside).unwrap();
         std::fs::remove_file(folder.join("control/file")).unwrap();
@@ -294,6 +300,34 @@ fn no_file_is_opened_made_or_removed() {
             Errno::PERM,
         );
         drop(other);
+    });
+    ended.expect_done();
+}
+
+/// Guests can be added: local sockets of streams are listened on, in their folders, and no others.
+#[test]
+fn sockets_of_guests_are_all_that_is_made() {
+    let name = "forbidden::sockets_of_guests_are_all_that_is_made";
+    let ended = child::run(name, |folder| {
+        let _ready = locked(folder, Reaction::Refuse);
+        let denied = |what: &str, result| refused(what, result, Errno::PERM);
+        let close = libc::SOCK_CLOEXEC;
+        for (family, kind) in [
+            (libc::AF_INET, libc::SOCK_STREAM | close),
+            (libc::AF_INET6, libc::SOCK_STREAM | close),
+            (libc::AF_NETLINK, libc::SOCK_RAW | close),
+            (libc::AF_VSOCK, libc::SOCK_STREAM | close),
+            (libc::AF_UNIX, libc::SOCK_DGRAM | close),
+            (libc::AF_UNIX, libc::SOCK_SEQPACKET | close),
+            (libc::AF_UNIX, libc::SOCK_STREAM),
+        ] {
+            let result = call(libc::SYS_socket, [bits(family), bits(kind), 0, 0, 0]);
+            denied("a socket of another kind", result);
+        }
+        denied("connecting", call(libc::SYS_connect, [0; 5]));
+        let made = UnixListener::bind(folder.join("guests/new.sock")).unwrap();
+        drop(made);
+        std::fs::remove_file(folder.join("guests/new.sock")).unwrap();
     });
     ended.expect_done();
 }

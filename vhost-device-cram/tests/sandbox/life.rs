@@ -4,8 +4,9 @@
 //! that its list lacks would kill it.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -197,7 +198,15 @@ fn flush_most(guest: &mut Guest) -> Result<()> {
 }
 
 fn live(as_nobody: bool, more: &[&str]) -> Result<()> {
-    let more = [&["--cold-after", "1", "--background-cpu", "100"], more].concat();
+    let usual = [
+        "--cold-after",
+        "1",
+        "--background-cpu",
+        "100",
+        "--metrics",
+        "unix:metrics.sock",
+    ];
+    let more = [&usual[..], more].concat();
     let mut daemon = Daemon::start(as_nobody, &more)?;
     let mut guest = daemon.connect("vm1.sock")?;
     guest.new_pool(0, pool_flag::PERSISTENT)?;
@@ -235,6 +244,24 @@ fn live(as_nobody: bool, more: &[&str]) -> Result<()> {
     daemon.signal(Signal::CONT)?;
     get_all(&mut guest)?;
 
+    // A guest that is added, served and removed. A socket that is there already is left alone: nobody
+    // asks it whose it is.
+    daemon.call("guest.add", json!({ "name": "vm3", "socket": "vm3.sock" }))?;
+    let mut added = daemon.connect("vm3.sock")?;
+    added.new_pool(1, 0)?;
+    added.put(1, &[1])?;
+    let metrics = scrape(&daemon.path("metrics.sock"))?;
+    ensure!(
+        metrics.contains("cram_guest_pages{guest=\"vm3\"} 1"),
+        "{metrics}"
+    );
+    drop(added);
+    daemon.call(
+        "guest.remove",
+        json!({ "client": "vm3", "force": true, "forget": true }),
+    )?;
+    ensure!(!daemon.path("vm3.sock").exists());
+
     // A second guest, with memory told in a table; a malformed message; the first once more.
     let options = Options {
         memory_slots: false,
@@ -264,6 +291,101 @@ fn live(as_nobody: bool, more: &[&str]) -> Result<()> {
     expect_confined(&daemon)?;
     expect_kept_secret(&daemon)?;
     end(daemon)
+}
+
+fn scrape(socket: &Path) -> Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The service manager hears of the start, of the life and of the end of a confined daemon.
+#[test]
+fn the_service_manager_is_told() -> Result<()> {
+    let manager = tempfile::tempdir()?;
+    let place = manager.path().join("notify");
+    let line = UnixDatagram::bind(&place)?;
+    line.set_read_timeout(Some(PATIENCE))?;
+    let told = || -> Result<String> {
+        let mut buffer = [0; 256];
+        let length = line.recv(&mut buffer)?;
+        Ok(String::from_utf8_lossy(&buffer[..length]).trim().to_owned())
+    };
+    let folder = tempfile::tempdir()?;
+    let child = Command::new(env!("CARGO_BIN_EXE_vhost-device-cram"))
+        .args(["-s", "vm1.sock", "-c", "64M", "--sandbox", "strict"])
+        .current_dir(folder.path())
+        .env("NOTIFY_SOCKET", &place)
+        .env("WATCHDOG_USEC", "300000")
+        .stderr(File::create(folder.path().join("log"))?)
+        .spawn()?;
+    let mut daemon = Daemon { child, folder };
+    ensure!(told()? == "READY=1");
+    // It is ready when somebody can connect.
+    ensure!(daemon.path("vm1.sock").exists());
+    for _ in 0..3 {
+        ensure!(told()? == "WATCHDOG=1");
+    }
+    daemon.signal(Signal::TERM)?;
+    let mut last = told()?;
+    while last == "WATCHDOG=1" {
+        last = told()?;
+    }
+    ensure!(last == "STOPPING=1", "{last}");
+    let status = daemon.child.wait()?;
+    ensure!(status.success(), "{status}\n{}", daemon.log());
+    Ok(())
+}
+
+/// How many descriptors there are.
+fn descriptors(daemon: &Daemon) -> Result<u64> {
+    let entries = fs::read_dir(format!("/proc/{}/fd", daemon.child.id()))?;
+    Ok(u64::try_from(entries.count())?)
+}
+
+/// Eight queues with the daemon's own defaults; threads and descriptors come with what is used.
+#[test]
+fn what_the_driver_uses_is_served_and_nothing_else_paid_for() -> Result<()> {
+    const QUEUES: u16 = 8;
+    let workers = "6";
+    let mut daemon = Daemon::start(false, &["--num-queues", "63", "--workers", workers])?;
+    let before = descriptors(&daemon)?;
+    let options = Options {
+        request_queues: 2,
+        ..Options::default()
+    };
+    let guest = Guest::connect(&daemon.path("vm1.sock"), &options)?;
+    // That of events, and one for each of two queues.
+    daemon.wait("three workers", |daemon| {
+        let threads = daemon.threads()?;
+        let workers = threads
+            .iter()
+            .filter(|of| of.starts_with("Name:\tworker\n"));
+        Ok(workers.count() == 3)
+    })?;
+    drop(guest);
+    daemon.wait("their end", |daemon| Ok(descriptors(daemon)? <= before))?;
+    let options = Options {
+        request_queues: QUEUES,
+        ..Options::default()
+    };
+    let mut guest = Guest::connect(&daemon.path("vm2.sock"), &options)?;
+    guest.new_pool(0, pool_flag::PERSISTENT)?;
+    for queue in 1..=QUEUES {
+        let answer = guest.call(queue.into(), &Request::put(0, 0, &[(1, page(1))]))?;
+        ensure!(answer.results(1) == [result::OK], "queue {queue}");
+    }
+    let taken = descriptors(&daemon)?.saturating_sub(before);
+    let promised = vhost_device_cram::limits::of_a_guest(QUEUES.into(), workers.parse()?);
+    ensure!(
+        taken <= promised,
+        "{taken} descriptors, {promised} promised"
+    );
+    ensure!(daemon.log().contains(" descriptors: room for "));
+    Ok(())
 }
 
 /// Nobody but root may look into the process, not even another one of the same user; that also is

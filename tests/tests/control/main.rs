@@ -2,6 +2,10 @@
 
 //! The control socket: good questions, bad ones, and people who do not read the answers.
 
+mod guests;
+mod metrics;
+mod peers;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -39,6 +43,11 @@ fn every_method_is_listed_and_answers() -> Result<()> {
         .collect();
     for name in [
         "methods",
+        "rpc.discover",
+        "guest.add",
+        "guest.set",
+        "guest.remove",
+        "stats.histogram",
         "version",
         "stats",
         "clients",
@@ -69,8 +78,13 @@ fn every_method_is_listed_and_answers() -> Result<()> {
         let params =
             json!({ "client": "guest0", "pages": 1, "uuid": "0123456789abcdef0123456789abcdef" });
         let params = match name {
-            "methods" | "version" | "stats" | "clients" | "store.compact" | "store.recompress"
-            | "store.anatomy" => json!({}),
+            "methods" | "rpc.discover" | "version" | "stats" | "clients" | "store.compact"
+            | "store.recompress" | "store.anatomy" => json!({}),
+            "guest.add" => json!({
+                "name": "later",
+                "socket": daemon.socket(0).with_file_name("later.sock"),
+            }),
+            "guest.remove" => json!({ "client": "later" }),
             "client.give_back" | "client.squeeze" => json!({ "client": "guest0", "pages": 1 }),
             "pool.authorise" => json!({ "client": "guest0", "uuid": params["uuid"] }),
             _ => json!({ "client": "guest0" }),
