@@ -50,7 +50,7 @@ impl Host {
             control_socket: None,
             control_permissions: vhost_device_cram::socket::Permissions::PRIVATE,
             metrics: None,
-        guest_folders: Vec::new(),
+            guest_folders: Vec::new(),
             store: StoreOptions::with_capacity(1 << 20),
             quota_bytes: None,
             offer: Offer {
